@@ -1,0 +1,186 @@
+"""Let Chainer 7.8.1 run on today's Python, NumPy, h5py and setuptools.
+
+Import this module before ``chainer``, ``chainermn`` or ``onnx_chainer``; ``import resnet`` does.
+Old Chainer scripts need one more line at their top::
+
+    import resnet.compat
+
+Each shim says what breaks without it and is applied only where it does break: a Chainer on an
+older stack, or one that has been mended, is left as it is. CuPy 13 and 14 need no shim.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+import threading
+import types
+import warnings
+from importlib.machinery import PathFinder
+
+import numpy as np
+
+
+def _numpy_names() -> None:
+    # NumPy 2.0 removed np.sctypes, which functions/array/as_strided.py reads when imported.
+    if not hasattr(np, "sctypes"):
+        np.sctypes = {
+            "int": [np.int8, np.int16, np.int32, np.int64],
+            "uint": [np.uint8, np.uint16, np.uint32, np.uint64],
+            "float": [np.float16, np.float32, np.float64, np.longdouble],
+            "complex": [np.complex64, np.complex128, np.clongdouble],
+            "others": [bool, object, bytes, str, np.void],
+        }
+    # NumPy 1.24 removed np.float, which F.resize_images uses when called.
+    if "float" not in vars(np):
+        np.float = float
+
+
+def _found(name: str) -> bool:
+    """Whether the module ``name`` is loaded or can be imported."""
+    if name in sys.modules:
+        return True
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:  # a parent package is missing
+        return False
+
+
+def _stub(name: str, **members: object) -> types.ModuleType:
+    module = types.ModuleType(name, "Stand-in made by resnet.compat.")
+    vars(module).update(members)
+    sys.modules[name] = module
+    return module
+
+
+def _environment_check() -> None:
+    # chainer/_environment_check.py imports numpy.distutils (gone in Python 3.12) and
+    # pkg_resources (gone in setuptools 82) to print advice about macOS and old CuPy versions.
+    if "chainer" in sys.modules:
+        return
+    if all(map(_found, ("numpy.distutils", "pkg_resources"))):
+        warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
+    else:
+        _stub("chainer._environment_check", check=lambda: None)
+
+
+def _pkg_resources() -> None:
+    # chainer.testing, and through it chainer.gradient_check, asks pkg_resources whether optional
+    # packages are installed.
+    if _found("pkg_resources"):
+        return
+
+    class ResolutionError(Exception):
+        pass
+
+    class DistributionNotFound(ResolutionError):
+        pass
+
+    class VersionConflict(ResolutionError):
+        pass
+
+    class WorkingSet:
+        def require(self, *requirements: str) -> None:
+            from packaging.requirements import Requirement
+
+            for requirement in map(Requirement, requirements):
+                try:
+                    version = importlib.metadata.version(requirement.name)
+                except importlib.metadata.PackageNotFoundError:
+                    raise DistributionNotFound(str(requirement)) from None
+                if not requirement.specifier.contains(version, prereleases=True):
+                    raise VersionConflict(f"{requirement}, found {version}")
+
+    _stub(
+        "pkg_resources",
+        ResolutionError=ResolutionError,
+        DistributionNotFound=DistributionNotFound,
+        VersionConflict=VersionConflict,
+        WorkingSet=WorkingSet,
+        require=WorkingSet().require,
+    )
+
+
+def _thread_set_daemon() -> None:
+    # MultiprocessIterator calls Thread.setDaemon, deprecated since Python 3.10.
+    if not hasattr(threading.Thread, "setDaemon"):
+        threading.Thread.setDaemon = lambda thread, daemon: setattr(thread, "daemon", daemon)
+
+
+def _onnx_mapping(onnx: types.ModuleType) -> None:
+    # onnx 1.20 removed onnx.mapping; onnx_chainer reads three of its tables when imported.
+    if _found("onnx.mapping"):
+        return
+    helper = onnx.helper
+    as_numpy = {}
+    for tensor_type in helper.get_all_tensor_dtypes():
+        try:
+            as_numpy[tensor_type] = helper.tensor_dtype_to_np_dtype(tensor_type)
+        except (KeyError, TypeError, ValueError):  # a type that NumPy does not have
+            continue
+    plain = {t: dtype for t, dtype in as_numpy.items() if dtype.kind in "biufc"}
+    storage = {helper.tensor_dtype_to_storage_tensor_dtype(t) for t in plain}
+    onnx.mapping = _stub(
+        "onnx.mapping",
+        TENSOR_TYPE_TO_NP_TYPE=as_numpy,
+        NP_TYPE_TO_TENSOR_TYPE={dtype: t for t, dtype in plain.items()},
+        STORAGE_TENSOR_TYPE_TO_FIELD={s: helper.tensor_dtype_to_field(s) for s in storage},
+    )
+
+
+def _hdf5_strings(hdf5: types.ModuleType) -> None:
+    # h5py 3 reads strings as bytes, so that HDF5Deserializer returns "b'abc'" for 'abc'.
+    deserialize = hdf5.HDF5Deserializer.__call__
+
+    def call(self, key, value):
+        stored = self.group.get(key) if self.group is not None else None
+        if isinstance(value, str) and getattr(stored, "shape", None) == ():
+            return stored.asstr()[()] if stored.dtype.kind == "O" else str(stored[()])
+        return deserialize(self, key, value)
+
+    hdf5.HDF5Deserializer.__call__ = call
+
+
+def _multi_node_iterator(module: types.ModuleType) -> None:
+    # NumPy 2.5 made int() of an array with one element and one dimension an error; the iterator
+    # does that to the batch size it has received.
+    module.int = lambda value: int(value.item() if isinstance(value, np.ndarray) else value)
+
+
+_AFTER_IMPORT = {
+    "chainer.serializers.hdf5": _hdf5_strings,
+    "chainermn.iterators.multi_node_iterator": _multi_node_iterator,
+    "onnx": _onnx_mapping,
+}
+
+
+class _PatchAfterImport:
+    """Meta path finder that applies a patch right after the module it is for has been loaded."""
+
+    def find_spec(self, name, path=None, target=None):
+        patch = _AFTER_IMPORT.get(name)
+        spec = PathFinder.find_spec(name, path, target) if patch else None
+        if spec is None or spec.loader is None:
+            return None
+        load = spec.loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            load(module)
+            patch(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def apply() -> None:
+    """Apply every shim that this Python and these packages need. Calling it again is harmless."""
+    if not any(isinstance(finder, _PatchAfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PatchAfterImport())
+    _numpy_names()
+    _environment_check()
+    _pkg_resources()
+    _thread_set_daemon()
+
+
+apply()

@@ -1,0 +1,29 @@
+"""Packaging of the project; `make demo` and the README show how to install it."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "resnet/__init__.py").read_text()).group(1)
+
+setup(
+    name="chainer-residual-networks",
+    version=VERSION,
+    description="The 2016 report 'Residual Neural Networks for Image Recognition' in Chainer, today",
+    packages=["resnet", "resnet.functions"],
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "chainer==7.8.1",
+        "numpy>=1.26,<2.6",
+        "h5py>=3.10,<4",
+        "matplotlib>=3.8,<4",
+        "pillow>=10",
+    ],
+    extras_require={
+        "gpu12": ["cupy-cuda12x>=13,<15"],
+        "gpu13": ["cupy-cuda13x>=13,<15"],
+        "test": ["pytest>=8", "ruff==0.17.6", "torch==2.13.0"],
+    },
+)
