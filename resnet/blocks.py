@@ -1,0 +1,47 @@
+"""Blocks: n modules in a row with the same number of output channels (report, Fig. 3b and 7)."""
+
+from __future__ import annotations
+
+import chainer
+import numpy as np
+
+from resnet import functions
+from resnet.modules import ResidualModule
+
+
+class Block(chainer.ChainList):
+    """``n`` modules in a row; the first one changes the shape where it has to change.
+
+    Args:
+        n: Number of modules.
+        channels_in: Channels of the input.
+        channels: Channels of every module's output.
+        stride: Stride of the first module.
+        rng: Source of the initial weights.
+        module: Class of the modules, ``PlainModule`` or ``ResidualModule``.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        channels_in: int,
+        channels: int,
+        stride: int,
+        rng: np.random.RandomState,
+        module: type[chainer.Chain] = ResidualModule,
+    ) -> None:
+        first = module(channels_in, channels, stride, rng)
+        super().__init__(first, *(module(channels, channels, 1, rng) for _ in range(n - 1)))
+
+    def forward(self, x):
+        """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
+        for module in self:
+            x = module(x)
+        return x
+
+
+class ResidualBlock(Block):
+    """A block with one more shortcut, from its input to its output (report, III.A, Fig. 7)."""
+
+    def forward(self, x):
+        return functions.add_relu(super().forward(x), shortcut=x)

@@ -1,0 +1,64 @@
+"""The numerical operations of the network: one door, one file per backend behind it.
+
+Activations are Chainer variables of shape (N, C, H, W), float32. The links call these functions
+and nothing else; which backend computes them is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from resnet.functions import stock
+
+_backend = stock
+
+
+def backend_name() -> str:
+    """One line for the header of a run: which backend computes, and why."""
+    return _backend.describe()
+
+
+def convolution(x, W, stride: int = 1):
+    """3x3 convolution, padding 1, no bias: (N, C, H, W) -> (N, K, H/stride, W/stride)."""
+    return _backend.convolution(x, W, stride)
+
+
+def normalize(x, bn, shortcut=None, relu: bool = True):
+    """``relu(BN(x) + A(shortcut))``; BN is the link ``bn``, A the option A shortcut.
+
+    In training mode the statistics are the batch's and ``bn``'s running averages are updated as
+    ``chainer.functions.batch_normalization`` does; otherwise the running averages are used.
+    """
+    return _backend.normalize(x, bn, shortcut, relu)
+
+
+def add_relu(x, shortcut):
+    """``relu(x + A(shortcut))``: the shortcut round a whole block (report, Fig. 7)."""
+    return _backend.add_relu(x, shortcut)
+
+
+def option_a(x, channels: int, stride: int):
+    """Option A of He et al. 2015, 3.3: subsample by ``stride``, append channels of zeros."""
+    return stock.option_a(x, channels, stride)
+
+
+def average_pooling(x):
+    """Global average pooling: (N, C, H, W) -> (N, C)."""
+    return _backend.average_pooling(x)
+
+
+def linear(x, W, b):
+    """The fully connected layer: (N, C) -> (N, classes)."""
+    return _backend.linear(x, W, b)
+
+
+def softmax_cross_entropy(y, t):
+    """Mean cross entropy of logits (N, classes) and labels (N,) int32; a scalar variable."""
+    return _backend.softmax_cross_entropy(y, t)
+
+
+def momentum_sgd(network, momentum: float, weight_decay: float):
+    """Momentum SGD with weight decay on every parameter, set up on ``network``.
+
+    g += weight_decay * p; v = momentum * v - lr * g; p += v (He et al. 2015, 3.4). The rate is
+    the attribute ``lr``, set before each step.
+    """
+    return _backend.momentum_sgd(network, momentum, weight_decay)

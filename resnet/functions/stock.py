@@ -1,0 +1,61 @@
+"""Chainer's own functions: the reference backend, on NumPy and on CuPy."""
+
+from __future__ import annotations
+
+import chainer
+import chainer.functions as F
+from chainer import links as L
+from chainer import optimizers
+from chainer.optimizer_hooks import WeightDecay
+
+
+def describe() -> str:
+    return "chainer (Chainer's own functions)"
+
+
+def convolution(x, W, stride: int = 1):
+    return F.convolution_2d(x, W, stride=stride, pad=1)
+
+
+def normalize(x, bn: L.BatchNormalization, shortcut=None, relu: bool = True):
+    y = bn(x)
+    if shortcut is not None:
+        y = y + _as_shortcut(shortcut, y)
+    return F.relu(y) if relu else y
+
+
+def add_relu(x, shortcut):
+    return F.relu(x + _as_shortcut(shortcut, x))
+
+
+def option_a(x, channels: int, stride: int):
+    if stride > 1:
+        x = x[:, :, ::stride, ::stride]
+    missing = channels - x.shape[1]
+    if missing:
+        xp = chainer.backend.get_array_module(x)
+        zeros = xp.zeros((x.shape[0], missing, *x.shape[2:]), x.dtype)
+        x = F.concat((x, zeros), axis=1)
+    return x
+
+
+def _as_shortcut(x, like):
+    return option_a(x, like.shape[1], x.shape[2] // like.shape[2])
+
+
+def average_pooling(x):
+    return F.mean(x, axis=(2, 3))
+
+
+def linear(x, W, b):
+    return F.linear(x, W, b)
+
+
+def softmax_cross_entropy(y, t):
+    return F.softmax_cross_entropy(y, t)
+
+
+def momentum_sgd(network, momentum: float, weight_decay: float):
+    optimizer = optimizers.MomentumSGD(momentum=momentum).setup(network)
+    optimizer.add_hook(WeightDecay(weight_decay))
+    return optimizer

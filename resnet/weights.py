@@ -1,0 +1,128 @@
+"""Weights of each block to and from HDF5 (report, section II).
+
+A file has one group per group of Table I (conv1, conv2, conv3, conv4, fc), the per-pixel mean of
+the training images (``mean``), and attributes that say what the weights are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import chainer
+import h5py
+import numpy as np
+
+from resnet import __version__, files
+from resnet.errors import InputError
+from resnet.network import ARCHITECTURES, GROUPS, Network
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the weights in a file are; stored as attributes of the file."""
+
+    architecture: str
+    n: int
+    dataset: str
+    classes: tuple[str, ...]
+    seed: int
+    epoch: int
+    iteration: int
+    version: str = __version__
+
+
+def save(path: Path, network: Network, description: Description, mean: np.ndarray) -> None:
+    """Write every block's weights and batch-normalization statistics.
+
+    Args:
+        path: File to write; it appears whole or not at all.
+        network: The trained network.
+        description: What it is.
+        mean: Per-pixel mean of the training images, float32 (3, 32, 32), in units of 0..1.
+    """
+    with files.whole(path) as temporary, h5py.File(temporary, "w") as file:
+        for key, value in asdict(description).items():
+            file.attrs[key] = value
+        file["mean"] = chainer.cuda.to_cpu(mean)
+        for name in GROUPS:
+            chainer.serializers.HDF5Serializer(file.create_group(name)).save(network[name])
+
+
+def describe(path: Path) -> Description:
+    """Read what the weights in ``path`` are.
+
+    Raises:
+        InputError: The file is missing, damaged or none of ours.
+    """
+    with _open(path) as file:
+        attributes = dict(file.attrs)
+    try:
+        return Description(
+            architecture=str(attributes["architecture"]),
+            n=int(attributes["n"]),
+            dataset=str(attributes["dataset"]),
+            classes=tuple(map(str, attributes["classes"])),
+            seed=int(attributes["seed"]),
+            epoch=int(attributes["epoch"]),
+            iteration=int(attributes["iteration"]),
+            version=str(attributes["version"]),
+        )
+    except KeyError as error:
+        raise InputError(
+            f"{path}: an HDF5 file without the attribute {error}; legal: blocks.h5 of a run"
+        ) from None
+
+
+def read_mean(path: Path) -> np.ndarray:
+    """The per-pixel mean that the network of ``path`` was trained with, float32 (3, 32, 32)."""
+    with _open(path) as file:
+        return file["mean"][()]
+
+
+def load(path: Path, network: Network, architecture: str, groups: tuple[str, ...] = GROUPS) -> None:
+    """Load blocks from ``path`` into ``network``.
+
+    Args:
+        path: A file that ``save`` wrote.
+        network: A network of the same n.
+        architecture: What ``network`` is; a file of another architecture is refused.
+        groups: The groups to load.
+
+    Raises:
+        InputError: The file is missing or damaged, or holds another architecture or depth.
+    """
+    found = describe(path)
+    if (found.architecture, found.n) != (architecture, network.n):
+        raise InputError(
+            f"{path}: holds {found.architecture} with n = {found.n}; "
+            f"legal here: {architecture} with n = {network.n}"
+        )
+    with _open(path) as file:
+        try:
+            for name in groups:
+                chainer.serializers.HDF5Deserializer(file[name]).load(network[name])
+        except (KeyError, ValueError, OSError) as error:
+            raise InputError(f"{path}: damaged, cannot read {name}: {error}") from None
+
+
+def restore(path: Path) -> tuple[Network, Description]:
+    """Build the network that ``path`` describes and load its weights."""
+    description = describe(path)
+    if description.architecture not in ARCHITECTURES:
+        raise InputError(
+            f"{path}: unknown architecture '{description.architecture}'; "
+            f"legal: {', '.join(ARCHITECTURES)}"
+        )
+    network = ARCHITECTURES[description.architecture](description.n)
+    load(path, network, description.architecture)
+    return network, description
+
+
+def _open(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; legal: blocks.h5 of a run")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise InputError(f"{path}: not a readable HDF5 file ({error})") from None
