@@ -1,0 +1,48 @@
+"""Data augmentation of the report, section II, one whole batch at a time.
+
+mean-subtracted images -> pad 4 zeros on each side -> random 32 x 32 crop -> flip or not
+"""
+
+from __future__ import annotations
+
+from chainer import backend
+
+from resnet import random
+
+PADDING = 4
+OFFSETS = 2 * PADDING + 1  # along each axis: 81 crops in all
+
+
+def draw(xp, seed: int, iteration: int, batchsize: int):
+    """Where each image of a batch is cropped, and whether it is flipped.
+
+    A pure function of the seed, the iteration and the position in the batch.
+
+    Returns:
+        ``(top, left, flip)``: int64 arrays (batchsize,); offsets in 0..8, flip 0 or 1.
+    """
+    positions = xp.arange(batchsize)
+    draws = random.below(xp, 2 * OFFSETS**2, seed, random.AUGMENT, iteration, positions)
+    offset, flip = draws // 2, draws % 2
+    return offset // OFFSETS, offset % OFFSETS, flip
+
+
+def crop_and_flip(x, top, left, flip):
+    """Crop each image of a batch out of its zero-padded self; mirror it where ``flip`` is 1.
+
+    Args:
+        x: Mean-subtracted images, float32 (N, C, H, W): the padding is zero after the subtraction.
+        top, left, flip: int64 arrays (N,), as ``draw`` returns them.
+
+    Returns:
+        float32 (N, C, H, W), channels last in memory.
+    """
+    xp = backend.get_array_module(x)
+    batchsize, channels, height, width = x.shape
+    padded = xp.zeros((batchsize, height + 2 * PADDING, width + 2 * PADDING, channels), x.dtype)
+    padded[:, PADDING:-PADDING, PADDING:-PADDING] = x.transpose(0, 2, 3, 1)
+    rows = top[:, None] + xp.arange(height)
+    columns = xp.arange(width)
+    columns = left[:, None] + xp.where(flip[:, None], width - 1 - columns, columns)
+    image = xp.arange(batchsize)[:, None, None]
+    return padded[image, rows[:, :, None], columns[:, None, :]].transpose(0, 3, 1, 2)

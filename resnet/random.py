@@ -1,0 +1,46 @@
+"""Random numbers as a pure function of their place, the same on CPU and GPU.
+
+A number depends on the seed, on what it is for and on where it is used (iteration, position in
+the batch), never on what was drawn before. So a run that is resumed, split over processes or
+replayed draws the same numbers, and there is no generator state to save.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+SHUFFLE, AUGMENT = 1, 2  # what a number is for
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+
+
+def bits(xp, *keys):
+    """64 random bits for each combination of keys: the finalizer of SplitMix64 over every key.
+
+    Args:
+        xp: ``numpy`` or ``cupy``.
+        keys: Non-negative integers or integer arrays that broadcast.
+
+    Returns:
+        uint64 array of at least one dimension.
+    """
+    h = xp.zeros(1, np.uint64)
+    for key in keys:
+        h = h + xp.asarray(key, dtype=np.uint64) + _GOLDEN
+        h = (h ^ (h >> np.uint64(30))) * _FIRST
+        h = (h ^ (h >> np.uint64(27))) * _SECOND
+        h = h ^ (h >> np.uint64(31))
+    return h
+
+
+def below(xp, bound: int, *keys):
+    """Random integers from 0 to ``bound - 1``, int64, one for each combination of keys."""
+    high = bits(xp, *keys) >> np.uint64(32)
+    return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+
+
+def permutation(xp, size: int, *keys):
+    """A random order of ``size`` items, int64 array (size,)."""
+    return xp.argsort(bits(xp, *keys, xp.arange(size)), kind="stable")
