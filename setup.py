@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "resnet/__init__.py").read_
 setup(
     name="chainer-residual-networks",
     version=VERSION,
-    description="The 2016 report 'Residual Neural Networks for Image Recognition' in Chainer, today",
+    description="'Residual Neural Networks for Image Recognition' (2016) in Chainer, today",
     packages=["resnet", "resnet.functions"],
     python_requires=">=3.11,<3.14",
     install_requires=[
