@@ -1,0 +1,295 @@
+"""Trainer extensions: test evaluation, snapshots, progress, and the wish to stop."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import chainer
+import numpy as np
+from chainer import training
+from chainer.serializers import DictionarySerializer, NpzDeserializer
+
+from resnet import files, functions
+from resnet.errors import InputError
+from resnet.updater import Images
+
+EVALUATION_BATCH = 500  # images at once; memory only, the result does not depend on it
+
+
+def predict(network, images: Images):
+    """Logits of all images at test time, (N, classes), on the device of the images."""
+    xp = chainer.backend.get_array_module(images.x)
+    logits = []
+    with chainer.using_config("train", False), chainer.no_backprop_mode():
+        for start in range(0, len(images), EVALUATION_BATCH):
+            x, _ = images.batch(slice(start, start + EVALUATION_BATCH))
+            logits.append(network(x).array)
+    return xp.concatenate(logits)
+
+
+class Evaluator(training.Extension):
+    """Accuracy and loss over all images of a set: correct and total are counted.
+
+    Chainer's own evaluator averages the means of batches, which is wrong when the last one is
+    smaller. Single view, as in He et al. 2015, 4.2.
+
+    Args:
+        images: The test set, or the held-out part of the training set.
+        name: Prefix of what is reported: ``test`` or ``validation``.
+    """
+
+    priority = training.PRIORITY_WRITER
+
+    def __init__(self, images: Images, name: str) -> None:
+        self.images = images
+        self.name = name
+
+    def __call__(self, trainer) -> None:
+        logits = predict(trainer.updater.optimizer.target, self.images)
+        loss = functions.softmax_cross_entropy(logits, self.images.y).array
+        correct = int((logits.argmax(axis=1) == self.images.y).sum())
+        chainer.report(
+            {
+                f"{self.name}/main/loss": float(loss),
+                f"{self.name}/main/accuracy": correct / len(self.images),
+            }
+        )
+
+
+class TrainingStatistics(training.Extension):
+    """Reports loss, accuracy and rate of the updates since the last report."""
+
+    priority = training.PRIORITY_WRITER
+
+    def __call__(self, trainer) -> None:
+        chainer.report(trainer.updater.statistics())
+
+
+class EpochEnd:
+    """Trigger: the end of each epoch, and the end of the training wherever it falls."""
+
+    def __init__(self, iterations: int) -> None:
+        self.iterations = iterations
+
+    def __call__(self, trainer) -> bool:
+        updater = trainer.updater
+        return updater.is_new_epoch or updater.iteration >= self.iterations
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGINT, so that training stops between two iterations.
+
+    A second one ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> StopRequest:
+        self.signal = None
+        self._before = {
+            number: signal.signal(number, self._remember)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: object) -> None:
+        self.signal = signal.Signals(number)
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+
+
+class UntilDone:
+    """Stop trigger: all iterations done, or a wish to stop."""
+
+    def __init__(self, iterations: int, request: StopRequest) -> None:
+        self.iterations = iterations
+        self.request = request
+
+    def __call__(self, trainer) -> bool:
+        return trainer.updater.iteration >= self.iterations or self.request.signal is not None
+
+    def get_training_length(self) -> tuple[int, str]:
+        return self.iterations, "iteration"
+
+
+class Snapshots(training.Extension):
+    """The whole state of a training run, in files ``snapshot_iter_N.npz``.
+
+    Args:
+        folder: Where the files lie.
+        identity: What the run trains; a snapshot of something else is refused.
+        interval: Seconds between two snapshots.
+        keep: How many of the newest files are kept.
+    """
+
+    priority = -100  # after the log, so that a snapshot holds the line of its own epoch
+
+    def __init__(self, folder: Path, identity: dict, interval: float, keep: int = 2) -> None:
+        self.folder = folder
+        self.identity = identity
+        self.interval = interval
+        self.keep = keep
+        self._last = time.monotonic()
+
+    def __call__(self, trainer) -> None:
+        if time.monotonic() - self._last >= self.interval:
+            self.save(trainer)
+
+    def save(self, trainer) -> Path:
+        """Write a snapshot and remove the oldest ones beyond ``keep``."""
+        serializer = DictionarySerializer()
+        serializer.save(trainer)
+        path = self.folder / f"snapshot_iter_{trainer.updater.iteration}.npz"
+        with files.whole(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, identity=json.dumps(self.identity), **serializer.target)
+        for old in self.files()[self.keep :]:
+            old.unlink(missing_ok=True)
+        self._last = time.monotonic()
+        return path
+
+    def files(self) -> list[Path]:
+        """The snapshots in the folder, newest first."""
+
+        def iteration(path: Path) -> int:
+            number = path.stem.removeprefix("snapshot_iter_")
+            return int(number) if number.isdigit() else -1
+
+        return sorted(self.folder.glob("snapshot_iter_*.npz"), key=iteration, reverse=True)
+
+    def resume_newest(self, trainer) -> Path | None:
+        """Go on from the newest snapshot that can be read; name each damaged one on stderr."""
+        for path in self.files():
+            try:
+                state = self._read(path)
+            except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+                print(
+                    f"warning: {path} is damaged ({error}); trying the one before", file=sys.stderr
+                )
+                continue
+            self._load(path, state, trainer)
+            return path
+        return None
+
+    def resume(self, path: Path, trainer) -> None:
+        """Go on from the snapshot ``path``.
+
+        Raises:
+            InputError: It is missing, damaged, no snapshot, or of another run.
+        """
+        if not path.is_file():
+            raise InputError(f"--resume {path}: no such file; legal: a snapshot_iter_N.npz")
+        try:
+            state = self._read(path)
+        except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+            raise InputError(
+                f"--resume {path}: not a readable snapshot ({error}); legal: a snapshot_iter_N.npz"
+            ) from None
+        self._load(path, state, trainer)
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, np.ndarray]:
+        # Every array is read, and its checksum verified, before anything of the run is changed.
+        with np.load(io.BytesIO(path.read_bytes())) as file:
+            return {name: file[name] for name in file.files}
+
+    def _load(self, path: Path, state: dict[str, np.ndarray], trainer) -> None:
+        if "identity" not in state:
+            raise InputError(
+                f"{path}: holds weights but not the state of a training run; "
+                "legal: a snapshot_iter_N.npz"
+            )
+        refuse_other_run(str(path), json.loads(str(state["identity"])), self.identity)
+        NpzDeserializer(state).load(trainer)
+
+
+def refuse_other_run(where: str, found: dict, wanted: dict) -> None:
+    """Raise ``InputError`` naming the first thing in which two runs differ."""
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise InputError(
+                f"{where}: of a run with {key} = {found.get(key)}, asked for is {key} = {value}; "
+                "give that run's flags, or another --out"
+            )
+
+
+class Progress(training.Extension):
+    """One printed line per epoch; on a terminal also a bar with the time left.
+
+    Args:
+        log_report: The trainer's ``LogReport``, whose newest entry is printed.
+        evaluation: Prefix of the evaluation's entries, ``test`` or ``validation``.
+        iterations: Length of the training.
+    """
+
+    priority = training.PRIORITY_READER - 1  # after the log
+    BAR = 30
+
+    def __init__(self, log_report, evaluation: str, iterations: int, out=sys.stdout) -> None:
+        self.log_report = log_report
+        self.evaluation = evaluation
+        self.iterations = iterations
+        self.out = out
+        self._bar_at = 0.0
+
+    def initialize(self, trainer) -> None:
+        self._start = time.monotonic(), trainer.updater.iteration
+        self._printed = len(self.log_report.log)
+        print(
+            "epoch  iteration   rate    train loss  train error  "
+            f"{self.evaluation + ' error':>16}  {'time':>8}  {'left':>8}",
+            file=self.out,
+            flush=True,
+        )
+
+    def __call__(self, trainer) -> None:
+        log = self.log_report.log
+        terminal = self.out.isatty()
+        if len(log) > self._printed:
+            self._printed = len(log)
+            entry = log[-1]
+            self._write(
+                ("\r\033[K" if terminal else "")
+                + f"{entry['epoch']:5d}  {entry['iteration']:9d}  {entry['lr']:<6g}  "
+                f"{entry['main/loss']:10.4f}  {1 - entry['main/accuracy']:11.2%}  "
+                f"{1 - entry[self.evaluation + '/main/accuracy']:16.2%}  "
+                f"{clock(entry['elapsed_time']):>8}  {clock(self._left(trainer)):>8}\n"
+            )
+        if terminal and time.monotonic() - self._bar_at > 0.25:
+            self._bar_at = time.monotonic()
+            iteration = trainer.updater.iteration
+            marks = "#" * (self.BAR * iteration // self.iterations)
+            self._write(
+                f"\r\033[K[{marks:.<{self.BAR}}] iteration {iteration} of {self.iterations}, "
+                f"{clock(self._left(trainer))} left"
+            )
+
+    def finalize(self) -> None:
+        if self.out.isatty():
+            self._write("\r\033[K")
+
+    def _write(self, text: str) -> None:
+        self.out.write(text)
+        self.out.flush()
+
+    def _left(self, trainer) -> float:
+        """Seconds left at the pace since this process began."""
+        begin, first = self._start
+        done = trainer.updater.iteration - first
+        return (time.monotonic() - begin) / max(done, 1) * (self.iterations - first - done)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,307 @@
+"""A whole run in its folder: log, snapshots, resume, refusals."""
+
+import io
+import json
+import os
+import signal
+import threading
+
+import chainer
+import h5py
+import numpy as np
+import pytest
+
+from resnet import extensions, network, training, weights
+from resnet.errors import InputError
+from resnet.updater import Images
+
+
+def make_run(dataset, out, *flags, n=1):
+    args = training.parser("").parse_args(
+        ["--n", str(n), "-b", "16", "-e", "3", "--out", str(out), *flags]
+    )
+    return training.Run("resnet", n, args, dataset, "test", chainer.get_device("@numpy"))
+
+
+def read_log(folder):
+    """The log without its times."""
+    log = json.loads((folder / "log").read_text())
+    for entry in log:
+        assert entry.pop("elapsed_time") > 0
+    return log
+
+
+def read_blocks(folder):
+    arrays = {}
+    with h5py.File(folder / "blocks.h5") as file:
+        file.visititems(
+            lambda name, item: arrays.update({name: item[()]}) if hasattr(item, "shape") else None
+        )
+    return arrays
+
+
+@pytest.fixture
+def finished(dataset, tmp_path, capsys):
+    run = make_run(dataset, tmp_path)
+    run.train()
+    return run
+
+
+def test_a_run_leaves_log_blocks_snapshot_and_arguments(finished, capsys):
+    folder = finished.folder
+    assert folder.name == "resnet-8-seed0"
+    assert {"log", "blocks.h5", "args.json", "snapshot_iter_8.npz"} == set(os.listdir(folder))
+    log = read_log(folder)
+    assert [(entry["epoch"], entry["iteration"]) for entry in log] == [(1, 3), (2, 5), (3, 8)]
+    # 3 epochs of 40 images are 8 batches of 16; the rate drops at 1.5 and 2.25 epochs.
+    assert [entry["lr"] for entry in log] == [0.1, 0.01, 0.001]
+    assert all(0 <= entry["test/main/accuracy"] <= 1 for entry in log)
+    record = json.loads((folder / "args.json").read_text())
+    assert record["run"]["schedule"] == {"name": "custom", "iterations": 8, "drops": [4, 6]}
+    start = record["starts"][0]
+    assert start["versions"]["chainer"] == chainer.__version__
+    assert start["device"].startswith("CPU")
+    description = weights.describe(folder / "blocks.h5")
+    assert (description.architecture, description.n, description.epoch) == ("resnet", 1, 3)
+
+
+def test_last_and_best_epoch_are_told_apart(finished, capsys):
+    folder = finished.folder
+    log = json.loads((folder / "log").read_text())
+    for entry, accuracy in zip(log, (0.5, 0.75, 0.25), strict=True):
+        entry["test/main/accuracy"] = accuracy
+    (folder / "log").write_text(json.dumps(log))
+    finished.train()
+    out = capsys.readouterr().out
+    assert "last epoch (3): 25.00%" in out
+    assert "best epoch (2): 75.00%" in out
+
+
+def test_the_same_command_again_does_not_train_a_complete_run(finished, capsys):
+    before = (finished.folder / "blocks.h5").stat().st_mtime_ns
+    finished.train()
+    assert "already complete" in capsys.readouterr().out
+    assert (finished.folder / "blocks.h5").stat().st_mtime_ns == before
+
+
+def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(dataset, finished, tmp_path):
+    again = make_run(dataset, tmp_path / "again")
+    again.train()
+    assert read_log(again.folder) == read_log(finished.folder)
+    other = make_run(dataset, tmp_path, "--seed", "1")
+    other.train()
+    assert read_log(other.folder) != read_log(finished.folder)
+
+
+def stop_after(monkeypatch, iteration, number=signal.SIGTERM):
+    """Send this process a signal during the given iteration."""
+    update = training.Updater.update
+
+    def interrupted(updater):
+        update(updater)
+        if updater.iteration == iteration:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(training.Updater, "update", interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("iteration", [1, 5])
+def test_a_stopped_run_goes_on_to_the_same_end(
+    dataset, finished, tmp_path, monkeypatch, capsys, number, iteration
+):
+    assert threading.current_thread() is threading.main_thread()
+    run = make_run(dataset, tmp_path / "stopped", "--warmup", "off")
+    with monkeypatch.context() as patch:
+        stop_after(patch, iteration, number)
+        with pytest.raises(SystemExit) as stopped:
+            run.train()
+    assert stopped.value.code == training.UNFINISHED
+    out = capsys.readouterr().out
+    assert f"stopped by {number.name} after iteration {iteration}" in out
+    assert "to go on: python" in out
+    assert not (run.folder / "blocks.h5").exists()
+    run.train()
+    assert read_log(run.folder) == read_log(finished.folder)
+    expected, found = read_blocks(finished.folder), read_blocks(run.folder)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(value, found[name], err_msg=name)
+    starts = json.loads((run.folder / "args.json").read_text())["starts"]
+    assert [start["iteration"] for start in starts] == [0, iteration]
+
+
+def interrupted_run(dataset, out, monkeypatch, iteration=5):
+    """A run with a snapshot after every iteration, stopped after ``iteration``."""
+    run = make_run(dataset, out, "--snapshot-interval", "0")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, iteration)
+        run.train()
+    return run
+
+
+def test_only_the_newest_snapshots_are_kept(dataset, tmp_path, monkeypatch):
+    run = interrupted_run(dataset, tmp_path, monkeypatch)
+    snapshots = sorted(path.name for path in run.folder.glob("*.npz"))
+    assert snapshots == ["snapshot_iter_4.npz", "snapshot_iter_5.npz"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_a_damaged_newest_snapshot_falls_back_to_the_one_before(
+    dataset, finished, tmp_path, monkeypatch, capsys, damage
+):
+    run = interrupted_run(dataset, tmp_path / "damaged", monkeypatch)
+    newest = run.folder / "snapshot_iter_5.npz"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    newest.write_bytes(
+        {
+            "truncated": content[: len(content) // 2],
+            "flipped": content,
+            "empty": b"",
+            "text": b"this is not a snapshot\n",
+        }[damage]
+    )
+    run.train()
+    output = capsys.readouterr()
+    assert "snapshot_iter_5.npz is damaged" in output.err
+    assert "Going on from" in output.out and "snapshot_iter_4.npz" in output.out
+    assert read_log(run.folder) == read_log(finished.folder)
+
+
+def test_resume_from_a_named_snapshot(dataset, finished, tmp_path, monkeypatch, capsys):
+    source = interrupted_run(dataset, tmp_path / "source", monkeypatch)
+    run = make_run(
+        dataset, tmp_path / "target", "--resume", str(source.folder / "snapshot_iter_4.npz")
+    )
+    run.train()
+    assert "iteration 4" in capsys.readouterr().out
+    assert read_log(run.folder) == read_log(finished.folder)
+
+
+def test_resume_refuses_what_is_no_snapshot_of_this_run(dataset, tmp_path, monkeypatch):
+    source = interrupted_run(dataset, tmp_path / "source", monkeypatch)
+    snapshot = source.folder / "snapshot_iter_5.npz"
+    model = tmp_path / "model.npz"
+    chainer.serializers.save_npz(model, network.resnet(1))
+    missing = tmp_path / "missing.npz"
+    text = tmp_path / "text.npz"
+    text.write_text("hello")
+    cases = [
+        (missing, 1, "no such file"),
+        (text, 1, "not a readable snapshot"),
+        (model, 1, "weights but not the state"),
+        (snapshot, 2, "n = 1, asked for is n = 2"),
+    ]
+    for path, n, message in cases:
+        run = make_run(dataset, tmp_path / f"out{n}", "--resume", str(path), n=n)
+        with pytest.raises(InputError, match=message) as error:
+            run.train()
+        assert str(path) in str(error.value)
+
+
+def test_a_folder_of_another_run_is_refused(dataset, finished, tmp_path):
+    with pytest.raises(InputError, match="batchsize = 16, asked for is batchsize = 8"):
+        make_run(dataset, tmp_path, "-b", "8").train()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["-b", "41"], "--batchsize: found 41, legal: up to 40"),
+        (["--subset", "50"], "--subset: found 50"),
+        (["--subset", "8"], "--batchsize: found 16, legal: up to 8"),
+    ],
+)
+def test_impossible_sizes_are_refused(dataset, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message) as error:
+        make_run(dataset, tmp_path, *flags)
+    assert error.value.code == 2
+
+
+def test_unwritable_out_is_refused_before_training(dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--out: cannot write to"):
+        make_run(dataset, tmp_path / "file").train()
+
+
+def test_an_interrupted_write_leaves_the_older_snapshot(dataset, tmp_path, monkeypatch):
+    run = interrupted_run(dataset, tmp_path, monkeypatch)
+    before = set(os.listdir(run.folder))
+    run.device.use()
+    trainer, snapshots = run._trainer()
+    snapshots.resume_newest(trainer)
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    trainer.updater.iteration = 6
+    trainer._start_at = 0
+    with pytest.raises(OSError, match="No space left"):
+        snapshots.save(trainer)
+    assert set(os.listdir(run.folder)) == before
+
+
+def test_evaluation_counts_every_image_once_whatever_the_batches(dataset, monkeypatch):
+    net = network.resnet(1)
+    images = Images(
+        dataset.test_x, dataset.test_y, np.zeros((3, 32, 32), "f"), chainer.get_device("@numpy")
+    )
+    whole = extensions.predict(net, images)
+    monkeypatch.setattr(extensions, "EVALUATION_BATCH", 5)  # 12 images: 5, 5 and 2
+    parts = extensions.predict(net, images)
+    np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5)
+    assert chainer.config.train
+
+
+def test_evaluation_reports_correct_over_total_where_chainers_own_does_not(dataset, monkeypatch):
+    monkeypatch.setattr(extensions, "EVALUATION_BATCH", 5)
+    right = np.zeros((12, 10), "f")
+    right[np.arange(12), dataset.test_y] = 9
+    right[10:] = -right[10:]  # the two images of the last, smaller batch are wrong
+    batches = iter([right[:5], right[5:10], right[10:]])
+    net = lambda x: chainer.Variable(next(batches))  # noqa: E731
+    images = Images(
+        dataset.test_x, dataset.test_y, np.zeros((3, 32, 32), "f"), chainer.get_device("@numpy")
+    )
+    logits = extensions.predict(net, images)
+    assert (logits.argmax(1) == dataset.test_y).sum() == 10
+
+
+def test_a_diverged_run_is_logged_to_its_end(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training.schedule, "INITIAL_RATE", 1e30)
+    run = make_run(dataset, tmp_path)
+    run.train()
+    log = read_log(run.folder)
+    assert len(log) == 3 and np.isnan(log[-1]["main/loss"])
+    assert "last epoch (3)" in capsys.readouterr().out
+
+
+def test_progress_on_a_terminal_shows_a_bar_with_the_time_left(dataset, tmp_path):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    run = make_run(dataset, tmp_path)
+    training.make_folder(run.folder)
+    trainer, _ = run._trainer()
+    progress = trainer.get_extension("Progress")
+    progress.out = Terminal()
+    trainer.run()
+    text = progress.out.getvalue()
+    assert "iteration 1 of 8" in text and "left" in text
+    assert len([line for line in text.split("\n") if " 0.1 " in line]) == 1
+
+
+@pytest.mark.parametrize("name", ["7", "gpu", "-2", "@cupy:9", "1.5"])
+def test_unknown_devices_are_refused(name):
+    with pytest.raises(InputError, match="--device: found") as error:
+        training.find_device(name)
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["cpu", "-1", "@numpy"])
+def test_spellings_of_the_cpu(name):
+    assert training.find_device(name).xp is np

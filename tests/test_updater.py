@@ -1,0 +1,129 @@
+"""The training step: stream of batches, rate, statistics, resume."""
+
+import chainer
+import numpy as np
+import pytest
+from chainer.serializers import DictionarySerializer, NpzDeserializer
+
+from resnet import cifar10, functions, network, schedule
+from resnet.updater import Images, Updater
+
+
+def make_updater(dataset, batchsize=16, plan=None, warm_up=False, seed=0):
+    device = chainer.get_device("@numpy")
+    optimizer = functions.momentum_sgd(network.resnet(1, seed), 0.9, 1e-4)
+    mean = cifar10.mean_image(dataset.train_x)
+    images = Images(dataset.train_x, dataset.train_y, mean, device)
+    plan = plan or schedule.Schedule("test", 20, (2, 4))
+    return Updater(optimizer, images, batchsize, plan, warm_up, seed)
+
+
+def indices_of(updater, count):
+    stream = []
+    for updater.iteration in range(count):
+        stream += updater._indices(np).tolist()
+    return stream
+
+
+def test_stream_passes_over_every_image_once_before_the_next_pass(dataset):
+    stream = indices_of(make_updater(dataset), 10)  # 160 places: four passes over 40 images
+    passes = np.array(stream).reshape(4, 40)
+    assert (np.sort(passes, axis=1) == np.arange(40)).all()
+    assert len({tuple(order) for order in passes.tolist()}) == 4
+
+
+def test_stream_can_be_entered_anywhere(dataset):
+    stream = indices_of(make_updater(dataset), 10)
+    updater = make_updater(dataset)
+    updater.iteration = 7
+    assert updater._indices(np).tolist() == stream[7 * 16 : 8 * 16]
+
+
+def test_seeds_shuffle_differently(dataset):
+    assert indices_of(make_updater(dataset), 2) != indices_of(make_updater(dataset, seed=1), 2)
+
+
+def test_epochs_count_images_and_a_batch_may_span_two(dataset):
+    updater = make_updater(dataset)
+    seen = []
+    for updater.iteration in range(8):
+        seen.append((updater.epoch, updater.is_new_epoch))
+    new = [iteration for iteration, (_, is_new) in enumerate(seen) if is_new]
+    assert new == [3, 5]  # 40 and 80 images are passed during the third and fifth batch
+    assert [epoch for epoch, _ in seen] == [0, 0, 0, 1, 1, 2, 2, 2]
+
+
+def test_a_batch_has_the_mean_subtracted_and_is_in_units_of_one(dataset):
+    updater = make_updater(dataset, batchsize=40)
+    x, t = updater.images.batch(np.arange(40))
+    assert x.dtype == np.float32 and t.dtype == np.int32
+    np.testing.assert_allclose(x.mean(axis=0), 0, atol=1e-6)
+    expected = dataset.train_x[3] / 255.0 - dataset.train_x.mean(axis=0) / 255.0
+    np.testing.assert_allclose(x[3], expected, atol=1e-6)
+
+
+def test_rate_is_that_of_this_iteration(dataset):
+    updater = make_updater(dataset)
+    rates = []
+    for _ in range(6):
+        updater.update()
+        rates.append(updater.optimizer.lr)
+    assert rates == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+
+
+def test_warm_up_rate_holds_until_the_condition_is_met(dataset, monkeypatch):
+    monkeypatch.setattr(schedule, "WARM_UP_LIMIT", 3)
+    updater = make_updater(dataset, plan=schedule.Schedule("test", 20, ()), warm_up=True)
+    rates = []
+    for _ in range(5):
+        updater.update()
+        rates.append(updater.optimizer.lr)
+    assert rates == [0.01, 0.01, 0.01, 0.1, 0.1]
+
+
+def test_statistics_are_means_over_the_updates_since_the_last_report(dataset, monkeypatch):
+    updater = make_updater(dataset)
+    losses, correct = [], []
+    step = functions.softmax_cross_entropy
+
+    def watched(y, t):
+        loss = step(y, t)
+        losses.append(float(loss.array))
+        correct.append(int((y.array.argmax(1) == t).sum()))
+        return loss
+
+    monkeypatch.setattr(functions, "softmax_cross_entropy", watched)
+    for _ in range(3):
+        updater.update()
+    report = updater.statistics()
+    assert report["main/loss"] == pytest.approx(np.mean(losses))
+    assert report["main/accuracy"] == sum(correct) / 48
+    updater.update()
+    assert updater.statistics()["main/loss"] == pytest.approx(losses[3])
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5])
+def test_resumed_updates_equal_uninterrupted_ones_bit_for_bit(dataset, cut):
+    def state(updater):
+        serializer = DictionarySerializer()
+        serializer.save(updater)
+        return serializer.target
+
+    plan = schedule.Schedule("test", 20, (4,))
+    whole, first = (make_updater(dataset, plan=plan, warm_up=True) for _ in range(2))
+    for _ in range(6):
+        whole.update()
+    for _ in range(cut):
+        first.update()
+    resumed = make_updater(dataset, plan=plan, warm_up=True)
+    for parameter in resumed.optimizer.target.params():
+        parameter.array[...] = 7  # nothing may survive of what the resumed net began with
+    NpzDeserializer(state(first)).load(resumed)
+    for _ in range(6 - cut):
+        resumed.update()
+    expected, found = state(whole), state(resumed)
+    assert expected.keys() == found.keys()
+    assert any(name.endswith("/v") for name in expected)  # momentum is part of it
+    assert any(name.endswith("avg_var") for name in expected)  # and the statistics
+    for name, value in expected.items():
+        np.testing.assert_array_equal(value, found[name], err_msg=name)
