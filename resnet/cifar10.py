@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import http.client
 import io
 import os
 import pickle
@@ -11,6 +13,7 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,22 +22,11 @@ from typing import BinaryIO
 import numpy as np
 
 from resnet import synthetic
-from resnet.errors import InputError
+from resnet.command import InputError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SIZE = 170_498_071  # bytes of the official archive
 MD5 = "c58f30108f718f92721af3b95e74349a"
-FOLDER = "cifar-10-batches-py"
-TRAINING_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
-TEST_FILE = "test_batch"
-CLASSES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
-
-# sha256 over the pixels and labels of the training and the test images, in their order.
-KNOWN_IMAGES = {
-    "e56d6721d5a64a14e17b9daf674fe8e0b7963f791e0490a6063ccdc2ad85404e": "JPEG copy of CIFAR-10",
-}
 OFFICIAL_MD5 = {  # of the files in the official archive
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -43,8 +35,20 @@ OFFICIAL_MD5 = {  # of the files in the official archive
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-OFFICIAL, UNKNOWN = "CIFAR-10", "CIFAR-10 layout, not the official images"
-LEGAL = f"legal: the official cifar-10-python.tar.gz or the folder {FOLDER} of a copy"
+TEST_FILE = "test_batch"
+ARCHIVE, FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
+CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer",
+    "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+LEGAL = f"legal: the official {ARCHIVE} or the unpacked folder {FOLDER} of any copy"
+
+OFFICIAL = "CIFAR-10"
+UNKNOWN = "CIFAR-10 layout, not the official images"
+UNVERIFIED = "CIFAR-10 layout, unverified"  # Chainer's npz: the official files cannot be told by it
+KNOWN_IMAGES = {  # by `digest` of the images and labels
+    "a85590e7440aec5280115f3be1604870f2dc53f66bd8c9766587e679addc7097": "JPEG copy of CIFAR-10",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Dataset:
         test_x: Test images, uint8 (M, 3, 32, 32).
         test_y: Their labels, int32 (M,).
         classes: Names of the labels.
-        source: Where the images came from.
+        source: The path they came from, or ``made from seed S``.
     """
 
     name: str
@@ -83,22 +87,26 @@ def load(data: str | None = None) -> Dataset:
     """
     if data == "synthetic":
         seed = synthetic.SEED
-        return Dataset(data, *synthetic.make(seed), synthetic.CLASSES, f"made from seed {seed}")
-    if data is not None:
-        path = Path(data)
-        if not path.exists():
-            raise InputError(f"--data: no such file or folder '{data}'; {LEGAL}, or 'synthetic'")
-        read = _reader(path)
+        arrays = synthetic.make(seed=seed)
+        return Dataset(data, *arrays, synthetic.CLASSES, f"made from seed {seed}")
+    try:
+        if data is not None:
+            path = Path(data).expanduser()
+            if not path.exists():
+                raise InputError(f"--data: no such file or folder '{data}'; {LEGAL}, or synthetic")
+            read = _reader(path)
+            if read is None:
+                raise InputError(f"--data: no CIFAR-10 in the folder {path}; {LEGAL}")
+            return read()
+        root = Path(os.environ.get("CHAINER_DATASET_ROOT") or "~/.chainer/dataset").expanduser()
+        read = _reader(root) if root.is_dir() else None
         if read is None:
-            raise InputError(f"--data: no CIFAR-10 in the folder {path}; {LEGAL}")
+            archive = root / "_dl_cache" / cache_name()
+            download(archive)
+            return _read_archive(archive)
         return read()
-    root = Path(os.environ.get("CHAINER_DATASET_ROOT") or "~/.chainer/dataset").expanduser()
-    read = _reader(root) if root.is_dir() else None
-    if read is None:
-        archive = root / "_dl_cache" / cache_name()
-        download(archive)
-        return _read_archive(archive, verified=True)
-    return read()
+    except OSError as error:  # unreadable, or gone since it was found
+        raise InputError(f"{error.filename or data or root}: {error.strerror or error}") from None
 
 
 def cache_name() -> str:
@@ -106,189 +114,236 @@ def cache_name() -> str:
     return hashlib.md5(URL.encode()).hexdigest()
 
 
-def mean_image(x: np.ndarray) -> np.ndarray:
+def mean_image(train_x: np.ndarray) -> np.ndarray:
     """Per-pixel mean of training images (report, section II).
 
     Args:
-        x: uint8 (N, 3, 32, 32).
+        train_x: uint8 (N, 3, 32, 32).
 
     Returns:
         float32 (3, 32, 32), in units of 0..1.
     """
-    return (x.sum(axis=0, dtype=np.int64) / (255.0 * len(x))).astype(np.float32)
+    total = train_x.sum(axis=0, dtype=np.int64)
+    return (total / (255.0 * len(train_x))).astype(np.float32)
 
 
-def hold_out(dataset: Dataset, count: int) -> Dataset:
-    """The split of He et al. 2015, 4.2: the last ``count`` training images are evaluated on.
+def hold_out(dataset: Dataset, count: int = 5000) -> Dataset:
+    """Evaluate on ``count`` training images instead of the test images (He et al. 2015, 4.2).
 
-    CIFAR-10's training images are in random order, so the last ones are a fair sample; that they
-    are always the same ones makes runs comparable. The test images are left out of the result.
+    He et al. do not say which images their 45k/5k split holds out. Here they are the last ones of
+    each class, equally many of each where the classes allow it: the same on every run. Both parts
+    keep the order of the training images; the test images are left out of the result.
+
+    Raises:
+        InputError: ``count`` leaves no image on one of the sides.
     """
-    cut = len(dataset.train_y) - count
-    return replace(
-        dataset,
-        train_x=dataset.train_x[:cut],
-        train_y=dataset.train_y[:cut],
-        test_x=dataset.train_x[cut:],
-        test_y=dataset.train_y[cut:],
-    )
+    labels = dataset.train_y
+    if not 0 < count < len(labels):
+        raise InputError(f"cannot hold out {count} of {len(labels)} training images")
+    later = np.empty(len(labels), np.int64)  # images of the same class that come after this one
+    for label in np.unique(labels):
+        of = np.flatnonzero(labels == label)
+        later[of] = np.arange(len(of))[::-1]
+    held = np.zeros(len(labels), bool)
+    held[np.lexsort((-np.arange(len(labels)), later))[:count]] = True
+    x, y = dataset.train_x, labels
+    return replace(dataset, train_x=x[~held], train_y=y[~held], test_x=x[held], test_y=y[held])
+
+
+def digest(train_x, train_y, test_x, test_y) -> str:
+    """sha256 of the pixels and labels, in their order."""
+    sha256 = hashlib.sha256()
+    for array in (train_x, train_y.astype(np.uint8), test_x, test_y.astype(np.uint8)):
+        sha256.update(np.ascontiguousarray(array).data)
+    return sha256.hexdigest()
 
 
 def download(path: Path, url: str = URL, size: int = SIZE, md5: str = MD5) -> None:
     """Download the archive to ``path``, which appears only once size and md5 are right.
 
-    An interrupted download is kept beside and continued by the next call. Processes that call
-    this at the same time wait for each other.
+    An interrupted download is kept beside ``path`` and continued by the next call. Processes that
+    call this at the same time wait for each other.
 
     Raises:
         InputError: No network, or what came is not the archive.
     """
+    partial = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = open(path.with_name(path.name + ".part"), "ab")  # noqa: SIM115 closed below
+        file = _open_locked(partial)
     except OSError as error:
-        raise InputError(f"cannot write the download {path}: {error.strerror}") from None
-    with part:
-        fcntl.flock(part, fcntl.LOCK_EX)
+        raise InputError(f"cannot write the download {partial}: {error.strerror}") from None
+    with file:
         if path.exists():  # another process was faster
+            partial.unlink(missing_ok=True)
             return
         try:
-            _fetch(part, url, size)
-        except (OSError, ValueError) as error:
+            _fetch(file, url, size)
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             raise InputError(
-                f"cannot download {url}: {reason}; the same command continues it. "
-                "Without a network: --data PATH or CHAINER_DATASET_ROOT, or --data synthetic"
+                f"cannot download {url}: {reason}; {file.tell():,} bytes are kept in {partial} and "
+                "the same command goes on from there. Without a network: --data PATH or "
+                "CHAINER_DATASET_ROOT name a local copy, --data synthetic needs none"
             ) from None
-        temporary = Path(part.name)
-        found = _digest(temporary, "md5")
-        if (temporary.stat().st_size, found) != (size, md5):
-            what = _describe(temporary)
-            temporary.unlink()
+        found = _md5(partial)
+        if file.tell() != size or found != md5:
+            what = _describe(partial)
+            partial.unlink()
             raise InputError(
                 f"{url} is not the official archive: found {what}, md5 {found}; "
-                f"legal: {size:,} bytes, md5 {md5}. Removed it"
+                f"expected {size:,} bytes, md5 {md5}. The download was removed"
             )
-        os.replace(temporary, path)
+        os.fsync(file.fileno())
+        os.replace(partial, path)
 
 
-def _fetch(part: BinaryIO, url: str, size: int) -> None:
-    """Append to ``part`` what is still missing of ``url``."""
-    have = os.fstat(part.fileno()).st_size
+def _open_locked(partial: Path) -> BinaryIO:
+    """Open ``partial`` for appending, held by this process alone until it is closed."""
+    while True:
+        # Unbuffered: after a full disk there is nothing left to write when the file is closed.
+        file = open(partial, "ab", buffering=0)  # noqa: SIM115 the caller closes it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another process that downloads CIFAR-10", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # file systems of some clusters know no locks; the md5 still guards
+            return file
+        # Meanwhile the other process may have renamed or removed the file that was opened.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):
+                return file
+        file.close()
+
+
+def _fetch(file: BinaryIO, url: str, size: int) -> None:
+    """Append to ``file`` what is missing of ``url``; from the start if the server insists."""
+    have = file.seek(0, os.SEEK_END)
     if have == size:  # all there, but its check was interrupted
         return
-    if have > size:
-        part.truncate(have := 0)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        if have and response.status != 206:  # this server always sends the whole file
-            part.truncate(have := 0)
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else size
-        show = _progress_bar(total)
-        while chunk := response.read(1 << 16):
-            part.write(chunk)
-            have += len(chunk)
-            show(have)
-        part.flush()
-    if have < total:
-        raise OSError(f"the connection ended after {have:,} of {total:,} bytes")
+    for start in (have, 0) if 0 < have < size else (0,):
+        request = urllib.request.Request(url)
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        try:
+            response = urllib.request.urlopen(request, timeout=60)
+        except urllib.error.HTTPError as error:
+            if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                continue
+            raise
+        with response:
+            partial = response.status == http.HTTPStatus.PARTIAL_CONTENT
+            expected = f"bytes {start}-{size - 1}/{size}"
+            if partial and response.headers.get("Content-Range") != expected:
+                if start:
+                    continue  # a part of some other file
+                raise OSError("the server sent a part that was not asked for")
+            start = start if partial else 0
+            length = response.headers.get("Content-Length")
+            file.truncate(start)
+            _copy(response, file, start, start + int(length) if length else size, size)
+            return
 
 
-def _progress_bar(total: int) -> Callable[[int], None]:
-    """A function that shows how much of ``total`` bytes is there, on stderr."""
+def _copy(response: BinaryIO, file: BinaryIO, have: int, total: int, limit: int) -> None:
+    """Append ``response`` to the ``have`` bytes of ``file``, at most to just above ``limit``."""
+    terminal = sys.stderr.isatty()
+    step, end = (1, "\r") if terminal else (20, "\n")
     shown = -1
-    step = 1 if sys.stderr.isatty() else 20
-    end = "\r" if sys.stderr.isatty() else "\n"
-
-    def show(have: int) -> None:
-        nonlocal shown
-        percent = 100 * have // max(total, 1)
-        if percent // step > shown:
-            shown = percent // step
-            marks = "#" * (percent * 40 // 100)
-            text = f"CIFAR-10 [{marks:.<40}] {percent:3d} % of {total / 1e6:.1f} MB"
-            print(text, end="\n" if have >= total else end, file=sys.stderr, flush=True)
-
-    return show
+    file.seek(have)
+    try:
+        while have <= limit and (chunk := response.read(1 << 16)):
+            file.write(chunk)
+            have += len(chunk)
+            percent = 100 * have // max(total, 1)
+            if percent // step > shown:
+                shown = percent // step
+                bar = f"{'#' * (percent * 40 // 100):.<40}"
+                line = f"CIFAR-10 [{bar}] {percent:3d} % of {total / 1e6:.1f} MB"
+                print(line, end=end, file=sys.stderr, flush=True)
+    finally:
+        if terminal:
+            print(file=sys.stderr)
+    if have < total and have <= limit:
+        raise OSError(f"the connection ended after {have:,} of {total:,} bytes")
 
 
 def _reader(path: Path) -> Callable[[], Dataset] | None:
     """The function that reads the CIFAR-10 at ``path``; None for a folder without one."""
-    if path.is_file():
-        return _read_npz(path) if path.suffix == ".npz" else lambda: _read_archive(path)
-    if (path / TEST_FILE).exists() or (path / TRAINING_FILES[0]).exists():
+    if not path.is_dir():
+        read = _read_npz if path.suffix == ".npz" else _read_archive
+        return lambda: read(path)
+    if any((path / name).exists() for name in OFFICIAL_MD5):
         return lambda: _read_folder(path)
-    for inner in (FOLDER, "cifar-10-python.tar.gz", f"_dl_cache/{cache_name()}",
-                  "pfnet/chainer/cifar/cifar10.npz", cache_name()):  # fmt: skip
-        if (path / inner).exists():
-            return _reader(path / inner)
+    cache = cache_name()
+    for inner in (FOLDER, ARCHIVE, f"_dl_cache/{cache}", cache, "pfnet/chainer/cifar/cifar10.npz"):
+        if (path / inner).exists() and (read := _reader(path / inner)):
+            return read
     return None
 
 
-def _read_npz(path: Path) -> Callable[[], Dataset]:
-    """Reader of Chainer's cache: images already read from an archive by Chainer's get_cifar10."""
-
-    def read() -> Dataset:
-        try:
-            with np.load(path) as file:
-                arrays = [file[name] for name in ("train_x", "train_y", "test_x", "test_y")]
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise InputError(f"{path}: not Chainer's cache of CIFAR-10 ({error})") from None
-        train_x, train_y, test_x, test_y = arrays
-        train = _check(path, train_x.reshape(len(train_x), -1), train_y)
-        test = _check(path, test_x.reshape(len(test_x), -1), test_y)
-        return _assemble([train], test, False, path)
-
-    return read
-
-
 def _read_folder(path: Path) -> Dataset:
-    official = True
-
-    def content(name: str) -> bytes:
-        nonlocal official
+    """Read the six files of an unpacked archive, official or not."""
+    official, batches = True, {}
+    for name, md5 in OFFICIAL_MD5.items():
         try:
-            data = (path / name).read_bytes()
+            content = (path / name).read_bytes()
         except OSError as error:
             raise InputError(f"{path / name}: {error.strerror}; {LEGAL}") from None
-        official &= hashlib.md5(data).hexdigest() == OFFICIAL_MD5[name]
-        return data
-
-    batches = {
-        name: _read_batch(path / name, content(name)) for name in (*TRAINING_FILES, TEST_FILE)
-    }
-    test = batches.pop(TEST_FILE)
-    return _assemble(list(batches.values()), test, official, path)
+        official &= hashlib.md5(content).hexdigest() == md5
+        batches[name] = _read_batch(path / name, content)
+    return _assemble(batches, OFFICIAL if official else UNKNOWN, path)
 
 
-def _read_archive(path: Path, verified: bool = False) -> Dataset:
-    if not verified and (found := _digest(path, "md5")) != MD5:
+def _read_archive(path: Path) -> Dataset:
+    """Read the official archive, in one pass and in memory."""
+    if (found := _md5(path)) != MD5:
+        remedy = "; delete it to have it downloaded again" if path.name == cache_name() else ""
         raise InputError(
             f"{path}: not the official archive: found {_describe(path)}, md5 {found}; legal: "
-            f"{SIZE:,} bytes, md5 {MD5}, or for another copy its unpacked folder {FOLDER}"
+            f"{SIZE:,} bytes, md5 {MD5}, or the unpacked folder {FOLDER} of another copy{remedy}"
         )
+    batches = {}
     try:
-        with tarfile.open(path, "r:gz") as tar:
-            batches = {
-                name: _read_batch(path / name, tar.extractfile(f"{FOLDER}/{name}").read())
-                for name in (*TRAINING_FILES, TEST_FILE)
-            }
-    except (tarfile.TarError, OSError, EOFError, KeyError, AttributeError) as error:
+        with tarfile.open(path, "r|gz") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                if folder == FOLDER and name in OFFICIAL_MD5 and member.isreg():
+                    batches[name] = _read_batch(path / name, tar.extractfile(member).read())
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: damaged archive ({error}); {LEGAL}") from None
+    if missing := sorted(OFFICIAL_MD5.keys() - batches):
+        raise InputError(f"{path}: the archive holds no {FOLDER}/{missing[0]}; {LEGAL}")
+    return _assemble(batches, OFFICIAL, path)
+
+
+def _read_npz(path: Path) -> Dataset:
+    """Read the arrays that Chainer's ``get_cifar10`` keeps of the archive it once read."""
+    try:
+        with np.load(path) as file:
+            train_x, train_y, test_x, test_y = (
+                file[name] for name in ("train_x", "train_y", "test_x", "test_y")
+            )
+        batches = {
+            "train": _check(path, train_x.reshape(len(train_x), -1), train_y),
+            TEST_FILE: _check(path, test_x.reshape(len(test_x), -1), test_y),
+        }
+    except InputError:
+        raise
+    except Exception as error:  # a damaged zip file can raise anything
+        raise InputError(f"{path}: not Chainer's cache of CIFAR-10 ({error}); {LEGAL}") from None
+    return _assemble(batches, UNVERIFIED, path)
+
+
+def _assemble(batches: dict[str, tuple[np.ndarray, np.ndarray]], name: str, path: Path) -> Dataset:
+    """Join the batches; the training batches lie in their official order whatever the archive's."""
     test = batches.pop(TEST_FILE)
-    return _assemble(list(batches.values()), test, True, path)
-
-
-def _assemble(train: list, test: tuple, official: bool, path: Path) -> Dataset:
-    train_x, train_y = (np.concatenate(arrays) for arrays in zip(*train, strict=True))
-    name = OFFICIAL
-    if not official:
-        digest = hashlib.sha256()
-        for array in (train_x, train_y, *test):
-            digest.update(array.data)
-        name = KNOWN_IMAGES.get(digest.hexdigest(), UNKNOWN)
-    return Dataset(name, train_x, train_y, *test, CLASSES, str(path.absolute()))
+    train = zip(*(batches[key] for key in sorted(batches)), strict=True)
+    arrays = (*(np.concatenate(parts) for parts in train), *test)
+    if name != OFFICIAL:
+        name = KNOWN_IMAGES.get(digest(*arrays), name)
+    return Dataset(name, *arrays, CLASSES, str(path.absolute()))
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -298,57 +353,50 @@ class _ArraysOnly(pickle.Unpickler):
     name any function, and loading it would call that function.
     """
 
-    ALLOWED = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-        }
-    )
-
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks to call {module}.{name}, which is not allowed")
-        if name == "_reconstruct":  # its module was renamed in NumPy 2
-            return np.ndarray.__reduce__(np.empty(0))[0]
-        return getattr(np, name)
+        # The module was renamed in NumPy 2, so neither name can be imported under every version.
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return np.empty(0).__reduce__()[0]
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            # Old pickles give the flags as 0 and 1, of which NumPy from 2.4 on warns.
+            return lambda kind, align=0, copy=0: np.dtype(kind, bool(align), bool(copy))
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
 
 
 def _read_batch(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Images, uint8 (N, 3, 32, 32), and labels, int32 (N,), of one of the six files."""
     try:
         record = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-        data, labels = record[b"data"], record[b"labels"]
+        # Keys are bytes as Python 2 wrote them, text in copies that Python 3 wrote.
+        data, labels = (record.get(key.encode(), record.get(key)) for key in ("data", "labels"))
+        return _check(path, data, np.asarray(labels))
+    except InputError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: not a CIFAR-10 batch: {reason}; {LEGAL}") from None
-    return _check(path, data, np.asarray(labels))
 
 
 def _check(path: Path, data: object, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    good = (
-        isinstance(data, np.ndarray)
-        and data.dtype == np.uint8
-        and data.ndim == 2
-        and data.shape[1] == 3072
-        and labels.shape == (len(data),)
-        and len(data) > 0
-        and labels.dtype.kind in "iu"
-        and labels.min() >= 0
-        and labels.max() < len(CLASSES)
-    )
-    if not good:
-        raise InputError(
-            f"{path}: not a CIFAR-10 batch; legal: uint8 images of 3072 values each "
-            f"and as many labels from 0 to 9; {LEGAL}"
-        )
+    """The images and labels in this project's shapes and types."""
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2:
+        found = f"{getattr(data, 'dtype', type(data).__name__)} {getattr(data, 'shape', '')}"
+        raise InputError(f"{path}: images: found {found}, legal: uint8 (N, 3072)")
+    if data.shape[1] != 3072 or len(data) == 0:
+        raise InputError(f"{path}: images: found shape {data.shape}, legal: (N, 3072) with N > 0")
+    if labels.shape != (len(data),) or labels.dtype.kind not in "iu":
+        found = f"{labels.dtype} {labels.shape}"
+        raise InputError(f"{path}: labels: found {found}, legal: {len(data)} whole numbers")
+    if labels.min() < 0 or labels.max() >= len(CLASSES):
+        raise InputError(f"{path}: labels: found {labels.min()}..{labels.max()}, legal: 0..9")
     return np.ascontiguousarray(data).reshape(-1, 3, 32, 32), labels.astype(np.int32)
 
 
-def _digest(path: Path, algorithm: str) -> str:
+def _md5(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _describe(path: Path) -> str:

@@ -14,97 +14,111 @@ CLASSES = (
     "rows", "columns", "diagonals", "checkerboard", "dots",
 )  # fmt: skip
 SIDE = 32  # pixels
-CLUTTER = 1  # strokes behind the shape
-NOISE = 6.0  # standard deviation of a pixel, of 255
+STROKES, BLOBS = 2, 2  # clutter behind the shape
+NOISE = 0.06  # of the sum of four random bytes: a standard deviation of 9 grey levels of 255
 
 
 def make(
-    seed: int = SEED, train: int = 5000, test: int = 1000
+    train: int = 5000, test: int = 1000, seed: int = SEED
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Draw the images: a function of the arguments alone.
+    """Draw the images: a function of the arguments alone, bit for bit.
 
     Args:
-        seed: Seed of everything random.
         train: Number of training images.
         test: Number of test images.
+        seed: Seed of everything random.
 
     Returns:
         ``(train_x, train_y, test_x, test_y)``: uint8 (N, 3, 32, 32) and int32 (N,), each class
         equally often.
     """
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(seed)  # NumPy promises never to change its streams
     return *_draw(rng, train), *_draw(rng, test)
 
 
 def _draw(rng: np.random.RandomState, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw ``count`` images.
+
+    Pixels are computed with + - * / and square roots alone, which IEEE 754 rounds alike
+    everywhere; sines are not, so they are taken once per image and rounded coarsely.
+    """
     labels = rng.permutation(np.arange(count) % len(CLASSES)).astype(np.int32)
-    rows, columns = np.mgrid[:SIDE, :SIDE].astype(np.float32)
+    rows, columns = (np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2).astype(np.float32)
 
-    def each(low: float, high: float, *shape: int) -> np.ndarray:
-        return rng.uniform(low, high, (count, *(shape or (1, 1)))).astype(np.float32)
+    def each(low: float, high: float, channels: int = 1) -> np.ndarray:
+        return rng.uniform(low, high, (count, channels, 1, 1)).astype(np.float32)
 
-    # The picture so far, (N, 3, 32, 32): a colour that changes slowly from side to side.
-    background = each(40, 215, 3, 1, 1)
-    slope = each(-1.2, 1.2, 3, 1, 1) * (rows - 15.5) + each(-1.2, 1.2, 3, 1, 1) * (columns - 15.5)
-    picture = background + slope
-    for _ in range(CLUTTER):  # strokes across the picture, thinner than any shape
-        angle, offset = each(0, np.pi), each(-14, 14)
-        across = np.cos(angle) * (columns - 15.5) + np.sin(angle) * (rows - 15.5) - offset
-        stroke = np.clip(each(0.5, 1.2) + 0.5 - np.abs(across), 0, 1)[:, None]
-        picture += stroke * (each(20, 235, 3, 1, 1) - picture)
+    def turned(x: np.ndarray, y: np.ndarray, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        angle = 2 * np.pi * turns.astype(np.float64)
+        cos, sin = (np.rint(f(angle) * 4096).astype(np.float32) / 4096 for f in (np.cos, np.sin))
+        return cos * x + sin * y, cos * y - sin * x
 
-    # Coordinates (u, v) of every pixel, in radii round the shape's own place.
-    radius, angle = each(9, 11.5), each(-np.pi, np.pi)
-    textured = (labels >= CLASSES.index("rows"))[:, None, None]
-    angle = np.where(textured, angle / 24, angle)  # rows would become columns
-    x, y = columns - 15.5 - each(-3, 3), rows - 15.5 - each(-3, 3)
-    u = (np.cos(angle) * x + np.sin(angle) * y) / radius
-    v = (np.cos(angle) * y - np.sin(angle) * x) / radius
-    waves = each(1.6, 2.4)  # per radius
-    phase_u, phase_v = each(0, 2 * np.pi), each(0, 2 * np.pi)
+    def paint(depth: np.ndarray, colour: np.ndarray) -> None:
+        nonlocal picture
+        picture += np.clip(depth + 0.5, 0, 1) * (colour - picture)
+
+    # Shape and background differ in every channel; which of them is the lighter is random, so
+    # that no pixel alone tells the class.
+    dark = each(15, 110, 3)
+    light = dark + each(70, 125, 3)
+    swap = each(-1, 1) < 0
+    background, foreground = np.where(swap, light, dark), np.where(swap, dark, light)
+    picture = background + each(-1, 1, 3) * rows + each(-1, 1, 3) * columns
+    for _ in range(STROKES):
+        across, along = turned(columns - each(-14, 14), rows - each(-14, 14), each(0, 1))
+        stroke = np.minimum(each(0.4, 0.9) - np.abs(across), each(4, 10) - np.abs(along))
+        paint(stroke, each(20, 235, 3))
+    for _ in range(BLOBS):
+        x, y = columns - each(-15, 15), rows - each(-15, 15)
+        paint(each(1, 2.5) - np.sqrt(x * x + y * y), each(20, 235, 3))
+
+    radius, turns, size = each(7.5, 11), each(0, 1), each(6, 10)
+    textured = (labels >= CLASSES.index("rows"))[:, None, None, None]
+    turns = np.where(textured, (turns - 0.5) / 18, turns)  # up to 10 degrees: rows remain rows
+    # A texture fills the image, so its own place is a phase.
+    x, y = columns - each(-4, 4), rows - each(-4, 4)
+    u, v = turned(x, y, turns)
     lean = np.where(each(-1, 1) < 0, -1, 1).astype(np.float32)
-    inside = np.empty((count, SIDE, SIDE), np.float32)  # above 0 inside the shape, in radii
+    depth = np.empty((count, 1, SIDE, SIDE), np.float32)
     for label, name in enumerate(CLASSES):
         of = labels == label
-        inside[of] = _inside(
-            name, u[of], v[of], waves[of] * np.float32(np.pi), phase_u[of], phase_v[of], lean[of]
-        )
-    shape = np.clip(inside * radius + 0.5, 0, 1)[:, None]
+        scale = size[of] if name in CLASSES[5:] else radius[of]
+        depth[of] = scale * _inside(name, u[of] / scale, v[of] / scale, lean[of])
+    paint(depth, foreground)
 
-    # A colour that stands out against the background, lighter or darker at random.
-    contrast = each(70, 127, 3, 1, 1) * np.where(each(-1, 1, 1, 1, 1) < 0, -1, 1)
-    contrast = np.where(np.abs(background + contrast - 127.5) > 127.5, -contrast, contrast)
-    picture += shape * (background + contrast - picture)
-    picture += NOISE * rng.standard_normal(picture.shape).astype(np.float32)
+    noise = np.frombuffer(rng.bytes(4 * picture.size), np.uint8).reshape(4, *picture.shape)
+    picture += (noise.sum(axis=0, dtype=np.int16) - 510).astype(np.float32) * NOISE
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8), labels
 
 
-def _inside(name, u, v, waves, phase_u, phase_v, lean) -> np.ndarray:
-    """How deep each pixel lies inside the shape ``name``; negative outside."""
-    distance = np.hypot(u, v)
-    window = np.float32(1.15) - distance  # textures are seen through a disc
-    along_u, along_v = np.sin(waves * u + phase_u), np.sin(waves * v + phase_v)
+def _inside(name: str, u: np.ndarray, v: np.ndarray, lean: np.ndarray) -> np.ndarray:
+    """How deep the points (u, v) lie inside the shape ``name``; negative outside.
+
+    The unit is the radius of a shape and the period of a texture.
+    """
     if name == "disc":
-        return np.float32(0.9) - distance
+        return 0.9 - np.sqrt(u * u + v * v)
     if name == "ring":
-        return np.float32(0.22) - np.abs(distance - np.float32(0.75))
+        return 0.2 - np.abs(np.sqrt(u * u + v * v) - 0.8)
     if name == "square":
-        return np.float32(0.78) - np.maximum(np.abs(u), np.abs(v))
-    if name == "triangle":
-        sides = [np.cos(a) * u + np.sin(a) * v for a in 2 * np.pi / 3 * np.arange(3)]
-        return np.float32(0.52) - np.maximum.reduce(sides).astype(np.float32)
+        return 0.8 - np.maximum(np.abs(u), np.abs(v))
+    if name == "triangle":  # its three sides, the slanted ones at 60 degrees
+        return 0.5 - np.maximum(-v, 0.5 * v + 0.8660254 * np.abs(u))
     if name == "cross":
-        beam, length = np.float32(0.27), np.float32(1.0)
-        upright = np.minimum(beam - np.abs(u), length - np.abs(v))
-        return np.maximum(upright, np.minimum(beam - np.abs(v), length - np.abs(u)))
+        narrow, wide = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
+        return np.minimum(0.26 - narrow, 1.0 - wide)
     if name == "rows":
-        return np.minimum(window, along_v / waves)
+        return _wave(v)
     if name == "columns":
-        return np.minimum(window, along_u / waves)
+        return _wave(u)
     if name == "diagonals":
-        slanted = np.sin(waves * np.float32(np.sqrt(0.5)) * (u + lean * v) + phase_u)
-        return np.minimum(window, slanted / waves)
+        return _wave(0.70710678 * (u + lean * v))
     if name == "checkerboard":
-        return np.minimum(window, along_u * along_v / waves)
-    grid = along_u * along_u * along_v * along_v  # dots
-    return np.minimum(window, (grid - np.float32(0.45)) / waves)
+        return 4 * _wave(0.7 * u) * _wave(0.7 * v)
+    du, dv = u - np.rint(u), v - np.rint(v)  # dots
+    return 0.3 - np.sqrt(du * du + dv * dv)
+
+
+def _wave(t: np.ndarray) -> np.ndarray:
+    """Distance to the nearer edge of stripes of period 1 and width 1/2; negative between them."""
+    return np.abs(t - np.floor(t) - 0.5) - 0.25

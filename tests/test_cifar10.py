@@ -1,0 +1,633 @@
+"""The data set: every place it may lie in, everything that may be wrong with it, the download."""
+
+import contextlib
+import hashlib
+import http.server
+import os
+import pickle
+import struct
+import tarfile
+import threading
+import warnings
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+
+from resnet import cifar10
+from resnet.command import InputError
+
+NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+def batch(seed, count=20):
+    """Images and labels; every class occurs twice."""
+    rng = np.random.RandomState(seed)
+    x = rng.randint(0, 256, (count, 3072)).astype(np.uint8)
+    return {b"data": x, b"labels": [int(label) for label in rng.permutation(count) % 10]}
+
+
+def python2_pickle(record):
+    """What Python 2 and an old NumPy write: strings without an encoding, flags as 0 and 1."""
+
+    def string(text):
+        return b"T" + struct.pack("<i", len(text)) + text
+
+    x = record[b"data"]
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\nt" + string(b"b") + b"tR"
+        b"(I1\n(" + b"".join(b"I%d\n" % n for n in x.shape) + b"t"
+        b"cnumpy\ndtype\n(" + string(b"u1") + b"I0\nI1\ntR"
+        b"(I3\n" + string(b"|") + b"NNNI-1\nI-1\nI0\ntb"
+        b"I00\n" + string(x.tobytes()) + b"tb"
+    )
+    labels = b"(" + b"".join(b"I%d\n" % label for label in record[b"labels"]) + b"l"
+    return b"(" + string(b"data") + array + string(b"labels") + labels + b"d."
+
+
+def write(folder, change=None):
+    """Write the six files into ``folder`` and return it; ``change`` maps names to contents."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(NAMES):
+        content = (change or {}).get(name, pickle.dumps(batch(seed), protocol=4))
+        if content is not None:
+            (folder / name).write_bytes(content)
+    return folder
+
+
+def pack(folder, archive):
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, arcname="cifar-10-batches-py")
+    return archive
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty Chainer dataset root; nothing may be downloaded from the real address."""
+    monkeypatch.setenv("CHAINER_DATASET_ROOT", str(tmp_path / "root"))
+    monkeypatch.setattr(cifar10, "download", lambda path: pytest.fail("download"))
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """A small archive that counts as the official one."""
+    path = pack(write(tmp_path / "made" / "cifar-10-batches-py"), tmp_path / "any name.tgz")
+    monkeypatch.setattr(cifar10, "MD5", md5(path))
+    monkeypatch.setattr(cifar10, "SIZE", path.stat().st_size)
+    return path
+
+
+def assert_same_images(dataset):
+    train = [batch(seed) for seed in range(5)]
+    x = np.concatenate([record[b"data"] for record in train]).reshape(-1, 3, 32, 32)
+    assert (dataset.train_x == x).all()
+    assert dataset.train_y.tolist() == [label for record in train for label in record[b"labels"]]
+    assert (dataset.test_x.reshape(20, -1) == batch(5)[b"data"]).all()
+    assert dataset.test_y.tolist() == batch(5)[b"labels"]
+    assert dataset.train_x.dtype == dataset.test_x.dtype == np.uint8
+    assert dataset.train_y.dtype == dataset.test_y.dtype == np.int32
+    assert dataset.classes[0] == "airplane"
+    assert dataset.classes[9] == "truck"
+
+
+def refusal(data, *words):
+    """The one line that ``load(data)`` refuses with, which holds all ``words``."""
+    with pytest.raises(InputError) as caught:
+        cifar10.load(str(data))
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message
+    return message
+
+
+# Where it may lie
+
+
+def test_folder_and_the_folder_that_holds_it(tmp_path):
+    folder = write(tmp_path / "cifar-10-batches-py")
+    for data in (folder, tmp_path):
+        dataset = cifar10.load(str(data))
+        assert_same_images(dataset)
+        assert dataset.source == str(folder)
+        assert dataset.name == "CIFAR-10 layout, not the official images"
+
+
+def test_files_as_python_2_wrote_them(tmp_path):
+    content = {name: python2_pickle(batch(seed)) for seed, name in enumerate(NAMES)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # NumPy 2.4 warns of such flags
+        assert_same_images(cifar10.load(str(write(tmp_path, content))))
+
+
+def test_files_with_text_keys(tmp_path):
+    content = {}
+    for seed, name in enumerate(NAMES):
+        record = {key.decode(): value for key, value in batch(seed).items()}
+        content[name] = pickle.dumps(record, protocol=4)
+    assert_same_images(cifar10.load(str(write(tmp_path, content))))
+
+
+def test_archive_under_any_name_and_the_folder_that_holds_it(tmp_path, archive):
+    dataset = cifar10.load(str(archive))
+    assert_same_images(dataset)
+    assert dataset.name == "CIFAR-10"
+    assert dataset.source == str(archive)
+    (tmp_path / "other").mkdir()
+    archive.rename(tmp_path / "other" / "cifar-10-python.tar.gz")
+    assert_same_images(cifar10.load(str(tmp_path / "other")))
+
+
+def test_chainer_download_cache(root, archive):
+    cache = root / "_dl_cache" / "f2751d3a22ccb78db0e07874912b5c43"
+    cache.parent.mkdir()
+    archive.rename(cache)
+    for data in (None, str(root), str(cache.parent), str(cache)):
+        dataset = cifar10.load(data)
+        assert_same_images(dataset)
+        assert dataset.name == "CIFAR-10"
+
+
+def test_chainer_array_cache(root, monkeypatch):
+    path = root / "pfnet" / "chainer" / "cifar" / "cifar10.npz"
+    path.parent.mkdir(parents=True)
+    train = [batch(seed) for seed in range(5)]
+    np.savez_compressed(
+        path,
+        train_x=np.concatenate([record[b"data"] for record in train]),
+        train_y=np.concatenate([record[b"labels"] for record in train]).astype(np.uint8),
+        test_x=batch(5)[b"data"],
+        test_y=np.array(batch(5)[b"labels"], np.uint8),
+    )
+    for data in (None, str(root), str(path)):
+        assert_same_images(cifar10.load(data))
+    dataset = cifar10.load()
+    assert dataset.name == "CIFAR-10 layout, unverified"
+    found = cifar10.digest(dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y)
+    monkeypatch.setitem(cifar10.KNOWN_IMAGES, found, "JPEG copy of CIFAR-10")
+    assert cifar10.load().name == "JPEG copy of CIFAR-10"
+
+
+def test_archive_or_folder_lying_in_the_root(root, archive, tmp_path):
+    archive.rename(root / "cifar-10-python.tar.gz")
+    assert cifar10.load().name == "CIFAR-10"
+    write(root / "cifar-10-batches-py")
+    assert cifar10.load().source == str(root / "cifar-10-batches-py")
+
+
+def test_an_empty_folder_does_not_hide_the_archive(root, archive):
+    archive.rename(root / "cifar-10-python.tar.gz")
+    (root / "cifar-10-batches-py").mkdir()
+    assert_same_images(cifar10.load())
+
+
+def test_downloads_to_chainers_cache_when_there_is_nothing(root, archive, monkeypatch):
+    def download(path):
+        path.parent.mkdir()
+        archive.rename(path)
+
+    monkeypatch.setattr(cifar10, "download", download)
+    dataset = cifar10.load()
+    assert_same_images(dataset)
+    assert dataset.source == str(root / "_dl_cache" / "f2751d3a22ccb78db0e07874912b5c43")
+
+
+# What it is
+
+
+def test_a_folder_is_official_only_if_all_six_files_are(tmp_path, monkeypatch):
+    folder = write(tmp_path)
+    monkeypatch.setattr(cifar10, "OFFICIAL_MD5", {name: md5(folder / name) for name in NAMES})
+    assert cifar10.load(str(folder)).name == "CIFAR-10"
+    write(folder, {"data_batch_3": pickle.dumps(batch(33), protocol=4)})
+    assert cifar10.load(str(folder)).name == "CIFAR-10 layout, not the official images"
+
+
+def test_known_copies_are_told_by_their_images(tmp_path, monkeypatch):
+    dataset = cifar10.load(str(write(tmp_path)))
+    arrays = [dataset.train_x, dataset.train_y, dataset.test_x, dataset.test_y]
+    found = cifar10.digest(*arrays)
+    monkeypatch.setitem(cifar10.KNOWN_IMAGES, found, "JPEG copy of CIFAR-10")
+    assert cifar10.load(str(tmp_path)).name == "JPEG copy of CIFAR-10"
+    for index in range(4):
+        changed = [array.copy() for array in arrays]
+        changed[index].flat[0] ^= 1
+        assert cifar10.digest(*changed) != found
+
+
+def test_real_copy_is_recognized():
+    """Only where a copy of CIFAR-10 is named by the environment."""
+    data = os.environ.get("CIFAR10_COPY") or pytest.skip("CIFAR10_COPY names no copy")
+    dataset = cifar10.load(data)
+    assert dataset.name in ("CIFAR-10", "JPEG copy of CIFAR-10")
+    assert dataset.train_x.shape == (50000, 3, 32, 32)
+    assert (np.bincount(dataset.test_y) == 1000).all()
+
+
+# What may be wrong with it
+
+
+def test_nothing_there(tmp_path):
+    refusal(tmp_path / "none", "none", "cifar-10-python.tar.gz")
+    refusal(tmp_path, tmp_path, "cifar-10-batches-py")
+
+
+def test_wrong_md5(archive, monkeypatch):
+    monkeypatch.setattr(cifar10, "MD5", "0" * 32)
+    refusal(archive, archive, md5(archive), "0" * 32, "unpacked folder")
+
+
+def test_truncated_archive(archive):
+    size = archive.stat().st_size
+    os.truncate(archive, size // 2)
+    refusal(archive, archive, f"{size // 2:,} bytes, perhaps a truncated download", f"{size:,}")
+
+
+@pytest.mark.parametrize("page", [b"<!DOCTYPE html><p>404", b"\n<html><body>Sign in"])
+def test_html_page(archive, page):
+    archive.write_bytes(page)
+    refusal(archive, archive, "an HTML page")
+
+
+def test_damaged_archive_whose_md5_is_right(archive, monkeypatch):
+    content = archive.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"no archive", content[:99] + b"?" * 999):
+        archive.write_bytes(damaged)
+        monkeypatch.setattr(cifar10, "MD5", md5(archive))
+        refusal(archive, archive)
+
+
+def test_archive_without_a_file(tmp_path, monkeypatch):
+    archive = pack(write(tmp_path / "f", {"data_batch_4": None}), tmp_path / "a.tar.gz")
+    monkeypatch.setattr(cifar10, "MD5", md5(archive))
+    refusal(archive, archive, "cifar-10-batches-py/data_batch_4")
+
+
+def test_links_in_an_archive_are_not_followed(tmp_path, monkeypatch):
+    folder = write(tmp_path / "f", {"test_batch": None})
+    (folder / "test_batch").symlink_to("data_batch_1")
+    archive = pack(folder, tmp_path / "a.tar.gz")
+    monkeypatch.setattr(cifar10, "MD5", md5(archive))
+    refusal(archive, archive, "cifar-10-batches-py/test_batch")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_batch(tmp_path, name):
+    refusal(write(tmp_path, {name: None}), tmp_path / name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_that_is_a_folder(tmp_path, name):
+    write(tmp_path, {name: None})
+    (tmp_path / name).mkdir()
+    refusal(tmp_path, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {b"data": np.zeros((20, 3071), np.uint8)},
+        {b"data": np.zeros((20, 3072), np.float32)},
+        {b"data": np.full((20, 3072), None)},
+        {b"data": np.zeros((0, 3072), np.uint8), b"labels": []},
+        {b"data": [[0] * 3072] * 20},
+        {b"data": None},
+        {b"labels": None},
+        {b"labels": [0] * 19},
+        {b"labels": [0] * 19 + [10]},
+        {b"labels": [0] * 19 + [-1]},
+        {b"labels": [0.0] * 20},
+        {b"labels": ["cat"] * 20},
+        {b"labels": [[0], [1, 2]]},
+    ],
+    ids=str,
+)
+def test_wrong_contents(tmp_path, change):
+    content = pickle.dumps(batch(2) | change, protocol=4)
+    refusal(write(tmp_path, {"data_batch_3": content}), tmp_path / "data_batch_3")
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1, 2]), pickle.dumps(7)])
+def test_no_batch_at_all(tmp_path, content):
+    refusal(write(tmp_path, {"test_batch": content}), tmp_path / "test_batch")
+
+
+def test_truncated_batch(tmp_path):
+    content = pickle.dumps(batch(5), protocol=4)
+    for size in (1, 100, len(content) // 2, len(content) - 1):
+        refusal(write(tmp_path, {"test_batch": content[:size]}), tmp_path / "test_batch")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        b"cos\nsystem\n(S'touch %s'\ntR.",
+        b"cposix\nsystem\n(S'touch %s'\ntR.",
+        b"cbuiltins\nopen\n(S'%s'\nS'w'\ntR.",
+        b'c__builtin__\neval\n(S\'open("%s", "w")\'\ntR.',
+        b"(S'%s'\nS'w'\niio\nopen\n.",
+        b"cnumpy\nfromfile\n(S'%s'\ntR.",
+        b"cnumpy\nmemmap\n(S'%s'\nS'u1'\nS'w+'\nI0\n(I1\nttR.",
+        b"cnumpy.core.multiarray\nfromfile\n(S'%s'\ntR.",
+    ],
+)
+def test_a_pickle_cannot_run_anything(tmp_path, call):
+    trace = tmp_path / "trace"
+    content = call % os.fsencode(trace)
+    refusal(write(tmp_path / "f", {"data_batch_1": content}), "data_batch_1", "not allowed")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cnumpy\ndtype\n(S'nonsense'\ntR.",
+        b"cnumpy\ndtype\n(I1\nI2\nI3\nI4\nI5\ntR.",
+        b"cnumpy\nndarray\n(I-1\ntR.",
+        b"cnumpy\nndarray\n((I99999999\nI99999999\nI99999999\nttR.",
+        b"cnumpy.core.multiarray\n_reconstruct\n(S'x'\ntR.",
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n(I0\ntS'b'\ntR.",
+        b"cnumpy\nndarray\n(I3\ntR(I1\n(I9\ntI0\nI0\nI0\ntb.",
+        b"cnumpy\nndarray\n}S'x'\nI1\nsb.",
+        b"cnumpy\nndarray\n)R.",
+        b"(" * 10000 + b"t" * 10000 + b".",
+        b"P1\n.",
+    ],
+)
+def test_odd_calls_of_what_is_allowed(tmp_path, content):
+    refusal(write(tmp_path, {"data_batch_1": content}), tmp_path / "data_batch_1")
+
+
+def test_damaged_array_cache(tmp_path):
+    path = tmp_path / "cifar10.npz"
+    x, y = np.zeros((4, 3072), np.uint8), np.zeros(4, np.uint8)
+    good = {"train_x": x, "train_y": y, "test_x": x, "test_y": y}
+    np.savez_compressed(path, **good)
+    content = path.read_bytes()
+    assert len(cifar10.load(str(path)).train_y) == 4
+    middle = len(content) // 4
+    for damaged in (b"", b"<html>", content[:100], content[:middle] + b"????" + content[middle:]):
+        path.write_bytes(damaged)
+        refusal(path, path)
+    for wrong in (
+        {"test_y": None},
+        {"train_x": np.uint8(3)},
+        {"train_x": x.astype(object)},
+        {"train_x": x[:, 1:]},
+        {"train_y": y[1:]},
+        {"train_y": y + 10},
+    ):
+        arrays = {name: a for name, a in (good | wrong).items() if a is not None}
+        np.savez(path, **arrays)
+        refusal(path, path)
+
+
+# What is made of it
+
+
+def test_mean_image_against_float64():
+    x = np.random.RandomState(0).randint(0, 256, (1000, 3, 32, 32)).astype(np.uint8)
+    mean = cifar10.mean_image(x)
+    assert mean.dtype == np.float32
+    assert mean.shape == (3, 32, 32)
+    np.testing.assert_allclose(mean, (x.astype(np.float64) / 255).mean(axis=0), rtol=1e-7)
+    assert (cifar10.mean_image(np.full((300, 3, 32, 32), 255, np.uint8)) == 1).all()
+
+
+def numbered(labels):
+    """Images that hold their own index."""
+    y = np.asarray(labels, np.int32)
+    x = np.zeros((len(y), 3, 32, 32), np.uint8)
+    x[:, 0, 0, 0], x[:, 0, 0, 1] = np.arange(len(y)) // 256, np.arange(len(y)) % 256
+    return cifar10.Dataset("CIFAR-10", x, y, x[:3] + 1, y[:3], cifar10.CLASSES, "here")
+
+
+def indices(x):
+    return (x[:, 0, 0, 0].astype(int) * 256 + x[:, 0, 0, 1]).tolist()
+
+
+def test_hold_out_is_disjoint_balanced_and_always_the_same():
+    dataset = numbered(np.random.RandomState(0).permutation(1000) % 10)
+    split = cifar10.hold_out(dataset, 100)
+    kept, held = indices(split.train_x), indices(split.test_x)
+    assert sorted(kept + held) == list(range(1000))
+    assert (np.bincount(split.test_y) == 10).all()
+    assert (np.bincount(split.train_y) == 90).all()
+    assert split.train_y.tolist() == dataset.train_y[kept].tolist()
+    assert split.test_y.tolist() == dataset.train_y[held].tolist()
+    assert indices(cifar10.hold_out(dataset, 100).test_x) == held
+    for label in range(10):  # the last of each class
+        of = np.flatnonzero(dataset.train_y == label)
+        assert set(of[-10:]) <= set(held)
+    assert (split.name, split.source) == (dataset.name, dataset.source)
+
+
+def test_hold_out_where_classes_do_not_divide():
+    dataset = numbered([0] * 50 + [1] * 3 + [2] * 50)
+    assert np.bincount(cifar10.hold_out(dataset, 20).test_y).tolist() == [8, 3, 9]
+    for count in (0, -1, 103, 5000):
+        with pytest.raises(InputError, match=str(count)):
+            cifar10.hold_out(dataset, count)
+
+
+# The download
+
+CONTENT = np.random.RandomState(0).bytes(300_000)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves ``server.content``; records the ranges that were asked for."""
+
+    def do_GET(self):
+        server, content = self.server, self.server.content
+        asked = self.headers.get("Range")
+        server.asked.append(asked)
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and server.ranges else 0
+        if start >= len(content):
+            self.send_error(416)
+            return
+        self.send_response(206 if asked and server.ranges else server.status)
+        if asked and server.ranges:
+            end = len(content) - 1
+            self.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
+        if server.length:
+            self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        stop = server.breaks_at or len(content)
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(content[start:stop])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.content, server.asked, server.status = CONTENT, [], 200
+        server.ranges, server.length, server.breaks_at = True, True, None
+        server.url = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "_dl_cache" / "archive"
+
+
+def fetch(path, url, content=CONTENT):
+    cifar10.download(path, url, len(content), hashlib.md5(content).hexdigest())
+
+
+def start_partial(path, content):
+    path.parent.mkdir()
+    path.with_name("archive.part").write_bytes(content)
+
+
+def assert_whole(path):
+    assert path.read_bytes() == CONTENT
+    assert os.listdir(path.parent) == ["archive"]
+
+
+def test_download_fresh(server, path, capfd):
+    fetch(path, server.url)
+    assert_whole(path)
+    shown = capfd.readouterr()
+    assert "100 %" in shown.err
+    assert "\r" not in shown.err  # no terminal
+    assert len(shown.err.splitlines()) < 10
+    assert shown.out == ""
+
+
+def test_download_goes_on_from_a_partial_file(server, path):
+    start_partial(path, CONTENT[:123_456])
+    fetch(path, server.url)
+    assert_whole(path)
+    assert server.asked == ["bytes=123456-"]
+
+
+def test_download_starts_again_where_the_server_knows_no_ranges(server, path):
+    server.ranges = False
+    start_partial(path, b"?" * 123_456)
+    fetch(path, server.url)
+    assert_whole(path)
+
+
+def test_download_starts_again_if_the_part_is_too_long(server, path):
+    start_partial(path, CONTENT + b"?")
+    fetch(path, server.url)
+    assert_whole(path)
+    assert server.asked == [None]
+
+
+def test_download_of_a_complete_part_only_verifies_it(server, path):
+    start_partial(path, CONTENT)
+    fetch(path, server.url)
+    assert_whole(path)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("size", [100_000, 290_000])
+def test_a_part_of_another_size_is_not_joined(server, path, size):
+    """The server's file has another size than the archive: nothing wrong may be left behind."""
+    server.content = CONTENT[:200_000]
+    start_partial(path, CONTENT[:size])
+    with pytest.raises(InputError, match="expected 300,000 bytes"):
+        fetch(path, server.url)
+    assert server.asked == [f"bytes={size}-", None]
+    assert os.listdir(path.parent) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"<html>Sign in</html>", b"?" * len(CONTENT), CONTENT + b"?" * 999_999]
+)
+def test_wrong_content_is_removed(server, path, content):
+    server.content = content
+    with pytest.raises(InputError) as caught:
+        fetch(path, server.url)
+    for word in (server.url, "300,000 bytes", hashlib.md5(CONTENT).hexdigest()):
+        assert word in str(caught.value)
+    assert os.listdir(path.parent) == []
+
+
+def test_wrong_part_is_removed_and_the_next_try_succeeds(server, path):
+    start_partial(path, b"?" * 1000)
+    with pytest.raises(InputError):
+        fetch(path, server.url)
+    fetch(path, server.url)
+    assert_whole(path)
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_interrupted_connection_keeps_the_part(server, path, length):
+    server.breaks_at, server.length = 100_000, length
+    with pytest.raises(InputError) as caught:
+        fetch(path, server.url)
+    for word in (server.url, "100,000 bytes", "same command", "--data", "CHAINER_DATASET_ROOT"):
+        assert word in str(caught.value)
+    assert not path.exists()
+    server.breaks_at = None
+    fetch(path, server.url)
+    assert_whole(path)
+    assert server.asked == [None, "bytes=100000-"]
+
+
+def test_no_network_and_error_pages(server, path):
+    with pytest.raises(InputError, match="CHAINER_DATASET_ROOT"):
+        fetch(path, "http://127.0.0.1:1/cifar-10-python.tar.gz")
+    server.content = b""  # every request is answered with an error
+    with pytest.raises(InputError, match=server.url):
+        fetch(path, server.url)
+    assert not path.exists()
+
+
+def test_download_into_a_place_that_cannot_be_written(server, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="cannot write"):
+        fetch(tmp_path / "file" / "archive", server.url)
+
+
+def test_two_processes_at_once(server, path):
+    context = get_context("fork")
+    processes = [context.Process(target=fetch, args=(path, server.url)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert_whole(path)
+    assert server.asked == [None]  # the others waited for the first
+
+
+def test_the_process_that_waits_survives_a_failure_of_the_first(server, path):
+    server.content = b"?" * len(CONTENT)
+    start_partial(path, b"")
+    held = cifar10._open_locked(path.with_name("archive.part"))
+    failed = []
+
+    def wait():
+        with contextlib.suppress(InputError):
+            fetch(path, server.url)
+            failed.append("no error")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    path.with_name("archive.part").unlink()  # as the first does with wrong content
+    held.close()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert failed == []
+    assert os.listdir(path.parent) == []
