@@ -13,7 +13,7 @@ from pathlib import Path
 # Python looks for modules beside the script first, and there 'resnet' is this script.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from resnet import errors, training
+from resnet import command, training
 
 
 def main() -> None:
@@ -21,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command.run(main)

@@ -40,7 +40,7 @@ def _numpy_names() -> None:
 def _found(name: str) -> bool:
     """Whether the module ``name`` is loaded or can be imported."""
     if name in sys.modules:
-        return True
+        return sys.modules[name] is not None
     try:
         return importlib.util.find_spec(name) is not None
     except ImportError:  # a parent package is missing
@@ -136,7 +136,7 @@ def _hdf5_strings(hdf5: types.ModuleType) -> None:
     def call(self, key, value):
         stored = self.group.get(key) if self.group is not None else None
         if isinstance(value, str) and getattr(stored, "shape", None) == ():
-            return stored.asstr()[()] if stored.dtype.kind == "O" else str(stored[()])
+            return stored.asstr()[()] if stored.dtype.kind in "OS" else str(stored[()])
         return deserialize(self, key, value)
 
     hdf5.HDF5Deserializer.__call__ = call

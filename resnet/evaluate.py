@@ -15,8 +15,8 @@ import chainer
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from resnet import cifar10, errors, extensions, training, weights
-from resnet.errors import InputError
+from resnet import cifar10, command, extensions, functions, training, weights
+from resnet.command import InputError, Parser
 from resnet.network import layers
 from resnet.updater import Images
 
@@ -80,9 +80,7 @@ def recorded_data(path: Path) -> str | None:
 
 
 def main() -> None:
-    parser = training.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, metavar="RUN_OR_H5", help="run folder or blocks.h5")
     parser.add_argument("--data", metavar="PATH", help="as for training; the test set is used")
     parser.add_argument("--device", "-d", help="cpu, or the number of a GPU")
@@ -92,6 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     path = args.weights / "blocks.h5" if args.weights.is_dir() else args.weights
     device = training.find_device(args.device)
+    functions.use()
     network, description = weights.restore(path)
     device.use()
     network.to_device(device)
@@ -119,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    command.run(main)

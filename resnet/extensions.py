@@ -16,7 +16,7 @@ from chainer import training
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
 from resnet import files, functions
-from resnet.errors import InputError
+from resnet.command import InputError, clock
 from resnet.updater import Images
 
 EVALUATION_BATCH = 500  # images at once; memory only, the result does not depend on it
@@ -287,9 +287,3 @@ class Progress(training.Extension):
         begin, first = self._start
         done = trainer.updater.iteration - first
         return (time.monotonic() - begin) / max(done, 1) * (self.iterations - first - done)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -14,8 +14,10 @@ import h5py
 import numpy as np
 
 from resnet import __version__, files
-from resnet.errors import InputError
+from resnet.command import InputError
 from resnet.network import ARCHITECTURES, GROUPS, Network
+
+IMAGE = (3, 32, 32)  # shape of an image of CIFAR-10
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,17 @@ def describe(path: Path) -> Description:
         raise InputError(
             f"{path}: an HDF5 file without the attribute {error}; legal: blocks.h5 of a run"
         ) from None
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: an HDF5 file with a foreign attribute ({error}); legal: blocks.h5 of a run"
+        ) from None
 
 
 def read_mean(path: Path) -> np.ndarray:
     """The per-pixel mean that the network of ``path`` was trained with, float32 (3, 32, 32)."""
     with _open(path) as file:
+        if "mean" not in file or file["mean"].shape != IMAGE:
+            raise InputError(f"{path}: holds no per-pixel mean {IMAGE}; legal: blocks.h5 of a run")
         return file["mean"][()]
 
 
@@ -102,7 +110,7 @@ def load(path: Path, network: Network, architecture: str, groups: tuple[str, ...
         try:
             for name in groups:
                 chainer.serializers.HDF5Deserializer(file[name]).load(network[name])
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, TypeError, ValueError, OSError) as error:
             raise InputError(f"{path}: damaged, cannot read {name}: {error}") from None
 
 

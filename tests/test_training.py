@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from resnet import extensions, network, training, weights
-from resnet.errors import InputError
+from resnet.command import InputError
 from resnet.updater import Images
 
 

@@ -1,7 +1,8 @@
-"""The one-line errors a user sees, and the exit codes they end with."""
+"""What a user of a command meets: one-line errors, the exit codes they end with, and times."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -20,6 +21,19 @@ class InputError(Exception):
     def __init__(self, message: str, code: int = FAILURE) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str):
+        self.exit(USAGE, f"error: {message} (see --help)\n")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def run(command: Callable[[], None]) -> None:

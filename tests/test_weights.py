@@ -1,0 +1,191 @@
+"""Block weights in HDF5: what goes in comes out, and what is not ours is refused in one line."""
+
+import chainer
+import h5py
+import numpy as np
+import pytest
+from torch_network import state
+
+from resnet import network, weights
+from resnet.command import InputError
+from resnet.network import ARCHITECTURES, GROUPS
+
+MEAN = np.linspace(0, 1, 3 * 32 * 32, dtype=np.float32).reshape(3, 32, 32)
+CLASSES = ("airplane", "Wagen", "鳥")
+
+
+def trained(architecture="resnet", n=1):
+    """A network none of whose arrays is as it was at the start."""
+    net = ARCHITECTURES[architecture](n)
+    rng = np.random.RandomState(1)
+    for _ in range(2):
+        net(rng.standard_normal((4, 3, 32, 32)).astype(np.float32))
+    for parameter in net.params():
+        parameter.array += rng.standard_normal(parameter.shape).astype(np.float32)
+    return net
+
+
+def describe(architecture="resnet", n=1):
+    return weights.Description(architecture, n, "CIFAR-10", CLASSES, seed=7, epoch=3, iteration=99)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A file blocks.h5 and the network in it."""
+    path, net = tmp_path / "blocks.h5", trained()
+    weights.save(path, net, describe(), MEAN)
+    return path, net
+
+
+def assert_same(first, second):
+    """Every weight and statistic is equal bit for bit."""
+    first, second = state(first), state(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name].tobytes() == second[name].tobytes(), name
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_restored_network_is_the_saved_one(architecture, n, tmp_path):
+    path, net = tmp_path / "blocks.h5", trained(architecture, n)
+    weights.save(path, net, describe(architecture, n), MEAN)
+    restored, description = weights.restore(path)
+    assert description == describe(architecture, n)
+    assert {type(block) for block in restored.children()} == {
+        type(block) for block in net.children()
+    }
+    assert_same(net, restored)
+    assert weights.read_mean(path).tobytes() == MEAN.tobytes()
+    x = np.ones((2, 3, 32, 32), np.float32)
+    with chainer.using_config("train", False):
+        np.testing.assert_array_equal(restored(x).array, net(x).array)
+
+
+def test_file_says_what_it_holds_to_any_hdf5_reader(saved):
+    path, net = saved
+    with h5py.File(path) as file:
+        assert set(file) == {*GROUPS, "mean"}
+        assert file.attrs["architecture"] == "resnet"
+        assert (file.attrs["n"], file.attrs["epoch"], file.attrs["iteration"]) == (1, 3, 99)
+        assert tuple(file.attrs["classes"]) == CLASSES
+        w = file["conv3/0/conv1/W"]
+        np.testing.assert_array_equal(w[()], net.conv3[0].conv1.W.array)
+        assert w.dtype == np.float32
+
+
+@pytest.mark.parametrize("groups", [("conv2",), ("conv1", "fc"), ()])
+def test_loading_some_groups_leaves_the_others_alone(saved, groups):
+    path, net = saved
+    other = network.resnet(1, seed=5)
+    before, stored = state(other), state(net)
+    weights.load(path, other, "resnet", groups)
+    for name, array in state(other).items():
+        expected = stored if name.startswith(tuple(f"{group}/" for group in groups)) else before
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+        # A wrong one would be seen; N counts only while statistics are fine-tuned.
+        assert name.endswith("/N") or (stored[name] != before[name]).all(), name
+
+
+def of_something_else(path):
+    with h5py.File(path, "w") as file:
+        file["temperature"] = np.arange(3)
+
+
+def without_a_block(path):
+    with h5py.File(path, "a") as file:
+        del file["conv3"]
+
+
+def with_a_block_of_another_shape(path):
+    with h5py.File(path, "a") as file:
+        del file["fc/W"]
+        file["fc/W"] = np.zeros((100, 64), np.float32)
+
+
+def with_a_foreign_attribute(path):
+    with h5py.File(path, "a") as file:
+        file.attrs["n"] = "three"
+
+
+def without_a_mean(path):
+    with h5py.File(path, "a") as file:
+        del file["mean"]
+
+
+def of_an_unknown_architecture(path):
+    with h5py.File(path, "a") as file:
+        file.attrs["architecture"] = "densenet"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda path: path.unlink(), "no such file"),
+        (lambda path: (path.unlink(), path.mkdir()), "no such file"),
+        (lambda path: path.write_text("conv1, conv2, conv3\n"), "not a readable HDF5 file"),
+        (lambda path: path.write_bytes(b""), "not a readable HDF5 file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:1000]), "not a readable HDF5 file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "not a readable HDF5 file"),
+        (of_something_else, "without the attribute 'architecture'"),
+        (without_a_block, "cannot read conv3"),
+        (with_a_block_of_another_shape, "cannot read fc"),
+        (with_a_foreign_attribute, "a foreign attribute"),
+        (without_a_mean, "no per-pixel mean"),
+        (of_an_unknown_architecture, "unknown architecture 'densenet'"),
+    ],
+    ids=["missing", "folder", "text", "empty", "first 1000 bytes", "last byte missing",
+         "something else", "block missing", "other shape", "foreign attribute", "no mean",
+         "unknown architecture"],
+)  # fmt: skip
+def test_a_file_that_cannot_be_restored_is_named_in_one_line(saved, spoil, reason):
+    path, _ = saved
+    spoil(path)
+    with pytest.raises(InputError) as error:
+        weights.restore(path)
+        weights.read_mean(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and reason in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("architecture", "n"), [("resnet", 2), ("plain", 1), ("resresnet", 1), ("plain", 2)]
+)
+def test_blocks_of_another_network_are_refused_and_change_nothing(saved, architecture, n):
+    """Their arrays may well fit: plain and residual networks have the same shapes."""
+    path, _ = saved
+    other, untouched = (ARCHITECTURES[architecture](n) for _ in range(2))
+    with pytest.raises(InputError) as error:
+        weights.load(path, other, architecture)
+    assert str(error.value) == (
+        f"{path}: holds resnet with n = 1; legal here: {architecture} with n = {n}"
+    )
+    assert_same(other, untouched)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first file", "older file there"])
+def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch, first):
+    path = tmp_path / "blocks.h5"
+    if not first:
+        weights.save(path, trained(), describe(), MEAN)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    save = chainer.serializers.HDF5Serializer.save
+
+    def full(serializer, link):
+        if link.name == "fc":
+            raise OSError(28, "No space left on device")
+        save(serializer, link)
+
+    monkeypatch.setattr(chainer.serializers.HDF5Serializer, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        weights.save(path, network.resnet(2), describe(n=2), MEAN)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_saving_replaces_the_older_file(saved):
+    path, _ = saved
+    net = trained("plain", 2)
+    weights.save(path, net, describe("plain", 2), MEAN)
+    assert_same(weights.restore(path)[0], net)
+    assert [file.name for file in path.parent.iterdir()] == ["blocks.h5"]
