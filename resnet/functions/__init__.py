@@ -6,13 +6,34 @@ and nothing else; which backend computes them is decided here and nowhere else.
 
 from __future__ import annotations
 
-from resnet.functions import stock
+from resnet.functions import onednn, stock
 
+BACKENDS = ("auto", "chainer", "onednn")
 _backend = stock
 
 
-def backend_name() -> str:
-    """One line for the header of a run: which backend computes, and why."""
+def use(name: str = "auto") -> str:
+    """Choose what computes from here on.
+
+    Args:
+        name: One of ``BACKENDS``; ``auto`` takes the fastest that is installed.
+
+    Returns:
+        One line for the header of a run: which backend computes, and why.
+
+    Raises:
+        ValueError: ``name`` is unknown or cannot run here; the message says what is missing.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"found '{name}', legal: {', '.join(BACKENDS)}")
+    possible, reason = onednn.available()
+    if name == "onednn" and not possible:
+        raise ValueError(reason)
+    _backend = onednn if possible and name in ("auto", "onednn") else stock
+    _backend.start()
+    if name == "auto" and not possible:
+        return f"{_backend.describe()}; faster on a CPU with oneDNN: {reason}"
     return _backend.describe()
 
 

@@ -9,6 +9,10 @@ from chainer import optimizers
 from chainer.optimizer_hooks import WeightDecay
 
 
+def start() -> None:
+    """Nothing to prepare."""
+
+
 def describe() -> str:
     return "chainer (Chainer's own functions)"
 
@@ -20,12 +24,12 @@ def convolution(x, W, stride: int = 1):
 def normalize(x, bn: L.BatchNormalization, shortcut=None, relu: bool = True):
     y = bn(x)
     if shortcut is not None:
-        y = y + _as_shortcut(shortcut, y)
+        y = y + as_shortcut(shortcut, y)
     return F.relu(y) if relu else y
 
 
 def add_relu(x, shortcut):
-    return F.relu(x + _as_shortcut(shortcut, x))
+    return F.relu(x + as_shortcut(shortcut, x))
 
 
 def option_a(x, channels: int, stride: int):
@@ -39,7 +43,8 @@ def option_a(x, channels: int, stride: int):
     return x
 
 
-def _as_shortcut(x, like):
+def as_shortcut(x, like):
+    """A(x): ``x`` itself, or subsampled and padded to the shape of ``like`` (option A)."""
     return option_a(x, like.shape[1], x.shape[2] // like.shape[2])
 
 
