@@ -1,0 +1,205 @@
+"""The shims: what they mend, and that they keep off what works. Each test is a fresh process."""
+
+import pytest
+from conftest import ROOT, python
+
+# Run before everything else: the packages that newer Pythons and setuptools no longer have.
+WITHOUT = """
+import sys
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("numpy.distutils", "pkg_resources"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Gone())
+"""
+# The same packages as stand-ins that are there.
+WITH = """
+import sys, types
+import numpy
+numpy.distutils = types.ModuleType("numpy.distutils")
+numpy.distutils.system_info = types.ModuleType("numpy.distutils.system_info")
+packages = types.ModuleType("pkg_resources")
+class DistributionNotFound(Exception):
+    pass
+def require(requirement):
+    raise DistributionNotFound(requirement)
+packages.require, packages.DistributionNotFound = require, DistributionNotFound
+for module in (numpy.distutils, numpy.distutils.system_info, packages):
+    sys.modules[module.__name__] = module
+"""
+both = pytest.mark.parametrize("world", ["", WITHOUT], ids=["as it is", "without"])
+
+
+def run(code, cwd=ROOT, flags=()):
+    """Run ``code`` and return what it printed; it must end well and write nothing to stderr."""
+    done = python(*flags, "-c", code, cwd=cwd, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+@both
+def test_chainer_imports_quietly(world):
+    code = "import resnet, chainer, chainer.testing; print(chainer.__version__)"
+    assert run(world + code) == "7.8.1\n"
+
+
+def test_nothing_deprecated_is_used_where_the_shims_stand_in():
+    run(WITHOUT + "import resnet, chainer", flags=["-W", "error::DeprecationWarning"])
+
+
+def test_without_the_shims_chainer_does_not_import():
+    """When this fails the shims have become needless."""
+    done = python("-c", WITHOUT + "import chainer")
+    assert done.returncode == 1
+
+
+def test_names_that_numpy_has_are_left_alone():
+    run(
+        "import numpy as np\n"
+        "np.sctypes, np.float = names = {'int': [np.int64]}, object()\n"
+        "from resnet import compat\n"
+        "assert np.sctypes is names[0] and np.float is names[1]"
+    )
+
+
+def test_names_that_numpy_lacks_are_added():
+    run(
+        "import numpy as np\n"
+        "for name in ('sctypes', 'float'):\n"
+        "    vars(np).pop(name, None)\n"
+        "from resnet import compat\n"
+        "assert np.float is float and np.float64 in np.sctypes['float']\n"
+        "assert {t().itemsize for t in np.sctypes['int']} == {1, 2, 4, 8}"
+    )
+
+
+def test_chainers_own_environment_check_and_a_real_pkg_resources_are_left_alone():
+    run(
+        WITH + "import resnet.compat\n"
+        "assert 'chainer._environment_check' not in sys.modules\n"
+        "assert sys.modules['pkg_resources'] is packages\n"
+        "import chainer\n"
+        "assert chainer._environment_check.__file__.endswith('_environment_check.py')"
+    )
+
+
+def test_environment_check_and_pkg_resources_get_stand_ins_where_they_cannot_work():
+    run(
+        WITHOUT + "import resnet.compat\n"
+        "import chainer, pkg_resources\n"
+        "assert chainer._environment_check.check() is None\n"
+        "assert not hasattr(chainer._environment_check, '__file__')\n"
+        "pkg_resources.WorkingSet().require('chainer>=7', 'numpy')\n"
+        "for wanted in ('chainer<7', 'surely-not-installed'):\n"
+        "    try:\n"
+        "        pkg_resources.require(wanted)\n"
+        "    except pkg_resources.ResolutionError:\n"
+        "        continue\n"
+        "    raise SystemExit(wanted)"
+    )
+
+
+def test_applying_twice_changes_nothing():
+    run(
+        "import sys\n"
+        "from resnet import compat\n"
+        "import chainer, numpy\n"
+        "before = len(sys.meta_path), numpy.sctypes, sys.modules['chainer._environment_check']\n"
+        "compat.apply()\n"
+        "after = len(sys.meta_path), numpy.sctypes, sys.modules['chainer._environment_check']\n"
+        "assert before == after"
+    )
+
+
+@both
+def test_gradient_check_finds_right_and_wrong_gradients(world):
+    run(
+        world + "import resnet.compat\n"
+        "import chainer, chainer.functions as F, numpy as np\n"
+        "from chainer import gradient_check\n"
+        "x = np.linspace(-2, 2, 6, dtype=np.float32).reshape(2, 3)\n"
+        "def check(f):\n"
+        "    gradient_check.check_backward(f, x, np.ones_like(x), dtype=np.float64)\n"
+        "check(F.sigmoid)\n"
+        "try:\n"
+        "    check(lambda x: F.sigmoid(x) + x.array)\n"
+        "except AssertionError:\n"
+        "    pass\n"
+        "else:\n"
+        "    raise SystemExit('the wrong gradient passed')"
+    )
+
+
+def test_resize_images():
+    run(
+        "import resnet.compat\n"
+        "import chainer.functions as F, numpy as np\n"
+        "x = np.arange(4, dtype=np.float32).reshape(1, 1, 2, 2)\n"
+        "y = F.resize_images(x, (3, 3)).array[0, 0]\n"
+        "assert (y == [[0, 0.5, 1], [1, 1.5, 2], [2, 2.5, 3]]).all(), y"
+    )
+
+
+def test_strings_numbers_and_arrays_are_read_from_hdf5(tmp_path):
+    run(
+        "import resnet.compat\n"
+        "import chainer, h5py, numpy as np\n"
+        "with h5py.File('file.h5', 'w') as file:\n"
+        "    file['a'], file['b'], file['c'], file['d'] = 'abc', 'Größe', 7, np.arange(3.0)\n"
+        "link = chainer.Link()\n"
+        "for name, value in zip('abcd', ('', '', 0, np.zeros(3))):\n"
+        "    link.add_persistent(name, value)\n"
+        "chainer.serializers.load_hdf5('file.h5', link)\n"
+        "assert (link.a, link.b, link.c) == ('abc', 'Größe', 7), (link.a, link.b, link.c)\n"
+        "assert (link.d == [0, 1, 2]).all()",
+        cwd=tmp_path,
+    )
+
+
+OLD_SCRIPT = """
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy as np
+from chainer import training
+from chainer.training import extensions
+
+
+class MLP(chainer.Chain):
+    def __init__(self):
+        super(MLP, self).__init__()
+        with self.init_scope():
+            self.l1 = L.Linear(None, 20)
+            self.l2 = L.Linear(None, 3)
+
+    def __call__(self, x):
+        return self.l2(F.relu(self.l1(x)))
+
+
+np.random.seed(0)
+x = np.random.randn(90, 5).astype(np.float32)
+y = x[:, :3].argmax(axis=1).astype(np.int32)
+data = chainer.datasets.TupleDataset(x, y)
+model = L.Classifier(MLP())
+optimizer = chainer.optimizers.Adam(alpha=0.01)
+optimizer.setup(model)
+train = chainer.iterators.SerialIterator(data, 10)
+test = chainer.iterators.SerialIterator(data, 10, repeat=False, shuffle=False)
+updater = training.updaters.StandardUpdater(train, optimizer)
+trainer = training.Trainer(updater, (10, 'epoch'), out='result')
+trainer.extend(extensions.Evaluator(test, model))
+trainer.extend(extensions.LogReport())
+trainer.extend(extensions.PrintReport(['epoch', 'main/loss', 'validation/main/accuracy']))
+trainer.extend(extensions.snapshot())
+trainer.run()
+chainer.serializers.load_npz('result/snapshot_iter_90', trainer)
+print(trainer.observation['validation/main/accuracy'] > 0.9)
+"""
+
+
+@both
+def test_an_old_script_runs_with_one_more_line(world, tmp_path):
+    output = run(world + "import resnet.compat\n" + OLD_SCRIPT, cwd=tmp_path)
+    assert output.split("\n")[-2] == "True"
+    assert {"log", "snapshot_iter_90"} <= {file.name for file in (tmp_path / "result").iterdir()}

@@ -1,0 +1,233 @@
+"""Modules, blocks and networks: their sizes, their first weights, and what they compute."""
+
+import chainer
+import numpy as np
+import pytest
+import torch
+from chainer import links as L
+from torch.nn import functional as F
+from torch_network import TorchNetwork, each_backend, state, torch_name
+
+from resnet import functions
+from resnet.blocks import Block, ResidualBlock
+from resnet.modules import PlainModule, ResidualModule
+from resnet.network import ARCHITECTURES, DEPTHS, GROUPS, Network, layers, plain, resnet, resresnet
+
+backend = each_backend
+
+
+def random(*shape):
+    return np.random.RandomState(1).standard_normal(shape).astype(np.float32)
+
+
+def weighted(link):
+    return [each for each in link.links() if isinstance(each, L.Convolution2D | L.Linear)]
+
+
+def count_by_hand(n):
+    """3x3 convolutions without bias, gamma and beta of each, and the fully connected layer."""
+    total = 9 * 3 * 16 + 2 * 16
+    for channels_in, channels in ((16, 16), (16, 32), (32, 64)):
+        total += 9 * channels_in * channels + (2 * n - 1) * 9 * channels**2 + 2 * n * 2 * channels
+    return total + 64 * 10 + 10
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("n", "parameters"), [(3, 269_722), (5, 464_154), (7, 658_586), (9, 853_018), (18, 1_727_962)]
+)
+def test_sizes_are_those_of_the_published_networks(architecture, n, parameters):
+    """Option A adds none; option B would give 272,474 for 20 layers."""
+    net = ARCHITECTURES[architecture](n)
+    assert net.count_params() == parameters == count_by_hand(n)
+    assert len(weighted(net)) == 6 * n + 2 == layers(n) == DEPTHS[n]
+
+
+def test_the_network_of_1202_layers_has_19_4_million_parameters():
+    """He et al. 2015, 4.2."""
+    net = resnet(200)
+    assert net.count_params() == 19_421_274 == count_by_hand(200)
+    assert len(weighted(net)) == 1202
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_groups_have_the_shapes_of_table_1(architecture):
+    net = ARCHITECTURES[architecture](2)
+    assert tuple(child.name for child in net.children()) == GROUPS
+    h = random(2, 3, 32, 32)
+    shapes = {}
+    for group in GROUPS[:-1]:
+        h = net[group](h)
+        shapes[group] = h.shape[1:]
+    assert shapes == {
+        "conv1": (16, 32, 32),
+        "conv2": (16, 32, 32),
+        "conv3": (32, 16, 16),
+        "conv4": (64, 8, 8),
+    }
+    assert net(random(2, 3, 32, 32)).shape == (2, 10)
+    assert [len(weighted(net[group])) for group in GROUPS] == [1, 4, 4, 4, 1]
+
+
+def test_only_the_last_layer_has_a_bias():
+    biases = [link.b is not None for link in weighted(resnet(3))]
+    assert biases == [False] * 19 + [True]
+
+
+def test_other_numbers_of_classes():
+    assert Network(1, classes=100)(random(2, 3, 32, 32)).shape == (2, 100)
+
+
+def test_first_weights_are_normal_with_variance_2_over_fan_in():
+    """He et al., ICCV 2015, eq. 10; within 5 standard errors of both moments."""
+    net = plain(3)
+    normalized = []
+    for link in weighted(net):
+        w = link.W.array
+        sigma = np.sqrt(2 / np.prod(w.shape[1:]))
+        assert abs(w.mean()) < 5 * sigma / np.sqrt(w.size)
+        assert abs(w.std() - sigma) < 5 * sigma / np.sqrt(2 * w.size)
+        normalized.append(w.ravel() / sigma)
+    normalized = np.concatenate(normalized)
+    for bound, share in ((1, 0.31731), (2, 0.04550), (3, 0.00270)):  # beyond so many sigma
+        error = 5 * np.sqrt(share / normalized.size)
+        assert abs(np.mean(np.abs(normalized) > bound) - share) < error
+
+
+def test_first_biases_and_normalizations_change_nothing():
+    for name, parameter in resnet(1).namedparams():
+        if not name.endswith("/W"):
+            assert (parameter.array == (1 if name.endswith("gamma") else 0)).all(), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_seed_decides_the_first_weights(architecture):
+    make = ARCHITECTURES[architecture]
+    np.random.seed(1)
+    first, other = state(make(2, seed=3)), state(make(2, seed=4))
+    np.random.seed(2)  # the global generator has no say
+    again = state(make(2, seed=3))
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, again[name], err_msg=name)
+        if name.endswith("/W"):
+            assert not np.isclose(array, other[name]).all(), name
+
+
+def test_layers_begin_with_different_weights():
+    corners = [link.W.array.ravel()[0] for link in weighted(resnet(3))]
+    assert len(set(corners)) == len(corners)
+
+
+def one_step(net, twin, device):
+    """What a training step, and then a test, find in both networks: {name: (ours, theirs)}."""
+    dtype = net.fc.W.dtype
+    x, t = random(16, 3, 32, 32).astype(dtype), np.arange(16, dtype=np.int32) % 10
+    y = net(device.send(x))
+    loss = functions.softmax_cross_entropy(y, device.send(t))
+    net.cleargrads()
+    loss.backward()
+    logits = twin(torch.tensor(x).double())
+    expected = F.cross_entropy(logits, torch.tensor(t).long())
+    expected.backward()
+    pairs = {"logits": (y.array, logits), "loss": (loss.array, expected)}
+    gradients = {name: parameter.grad for name, parameter in twin.named_parameters()}
+    for name, parameter in net.namedparams():
+        pairs[f"gradient of {name}"] = parameter.grad, gradients.pop(torch_name(name))
+    assert not gradients  # each has its counterpart
+    averages = twin.state_dict()
+    for name, array in state(net).items():
+        if "avg_" in name:
+            pairs[name] = array, averages[torch_name(name)]
+    twin.eval()
+    with chainer.using_config("train", False), chainer.no_backprop_mode():
+        pairs["test logits"] = net(device.send(x)).array, twin(torch.tensor(x).double())
+    return {
+        name: (chainer.cuda.to_cpu(ours), theirs.detach().numpy())
+        for name, (ours, theirs) in pairs.items()
+    }
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_network_computes_what_pytorch_computes(architecture, n):
+    """Logits, loss, gradients, running averages and test logits, in double precision."""
+    with chainer.using_config("dtype", np.float64):
+        net = ARCHITECTURES[architecture](n, seed=n)
+    twin = TorchNetwork(architecture, n).double().load(net)
+    for name, (ours, theirs) in one_step(net, twin, chainer.get_device("@numpy")).items():
+        np.testing.assert_allclose(ours, theirs, rtol=1e-7, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_backend_computes_a_network_as_pytorch_does(backend, architecture):
+    """In single precision; a ReLU whose input rounds to the other side of 0 moves gradients.
+
+    PyTorch's own in single and in double precision are up to 2 % apart.
+    """
+    net = ARCHITECTURES[architecture](2, seed=1)
+    twin = TorchNetwork(architecture, 2).double().load(net)
+    net.to_device(backend)
+    for name, (ours, theirs) in one_step(net, twin, backend).items():
+        assert ours.dtype == np.float32
+        bound = 0.05 if "gradient" in name else 1e-4
+        assert np.linalg.norm(ours - theirs) < bound * np.linalg.norm(theirs), name
+
+
+def test_residual_networks_are_the_plain_one_plus_shortcuts_without_parameters():
+    expected = state(plain(2, seed=5))
+    for make in (resnet, resresnet):
+        found = state(make(2, seed=5))
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_resnet_without_its_shortcuts_is_the_plain_network(backend, monkeypatch):
+    x = backend.send(random(4, 3, 32, 32))
+    nets = plain(2), resnet(2)
+    for net in nets:
+        net.to_device(backend)
+    y, with_shortcuts = (net(x).array for net in nets)
+    assert abs(y - with_shortcuts).max() > 0.1
+    normalize = functions.normalize
+    monkeypatch.setattr(functions, "normalize", lambda x, bn, shortcut=None: normalize(x, bn))
+    assert (nets[1](x).array == y).all()
+
+
+def test_resresnet_without_its_three_shortcuts_is_the_resnet(backend, monkeypatch):
+    x = backend.send(random(4, 3, 32, 32))
+    nets = resnet(2), resresnet(2)
+    for net in nets:
+        net.to_device(backend)
+    y, with_shortcuts = (net(x).array for net in nets)
+    assert abs(y - with_shortcuts).max() > 0.1
+    cut = []
+    monkeypatch.setattr(functions, "add_relu", lambda x, shortcut: cut.append(shortcut.shape) or x)
+    assert (nets[1](x).array == y).all()
+    assert cut == [(4, 16, 32, 32), (4, 16, 32, 32), (4, 32, 16, 16)]
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(16, 1), (32, 2)])
+def test_residual_module_whose_branch_is_silent_hands_its_input_on(channels, stride):
+    """With F = 0 it is ReLU(x); where the shape changes, of every second pixel, then zeros."""
+    module = ResidualModule(16, channels, stride, np.random.RandomState(0))
+    module.bn2.gamma.array[...] = 0
+    x = random(2, 16, 8, 8)
+    y = module(x).array
+    np.testing.assert_array_equal(y[:, :16], np.maximum(x[:, :, ::stride, ::stride], 0))
+    assert not y[:, 16:].any()
+    without = PlainModule(16, channels, stride, np.random.RandomState(0))
+    without.bn2.gamma.array[...] = 0
+    assert not without(x).array.any()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_residual_block_adds_its_input_to_what_the_block_gives(stride):
+    x, channels = random(2, 8, 8, 8), 8 * stride
+    without = Block(3, 8, channels, stride, np.random.RandomState(0))
+    block = ResidualBlock(3, 8, channels, stride, np.random.RandomState(0))
+    assert len(block) == len(without) == 3
+    assert [module.stride for module in block] == [stride, 1, 1]
+    shortcut = functions.option_a(chainer.Variable(x), channels, stride).array
+    expected = np.maximum(without(x).array + shortcut, 0)
+    np.testing.assert_allclose(block(x).array, expected, atol=1e-6)
