@@ -1,0 +1,84 @@
+"""What tells groups of runs apart: data, schedule, batch size ...; in words for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+from plots.runs import Group
+
+ORDER = ("data", "training images", "schedule", "batchsize", "evaluation", "warm-up")
+
+
+def describe(key: str, value: object) -> str:
+    """A condition in a few words; '' for one that goes without saying."""
+    match key:
+        case "training images":
+            return f"{value:,} training images"
+        case "batchsize":
+            return f"batch {value}"
+        case "evaluation":
+            return f"{value} images"
+        case "warm-up":
+            return "warm-up" if value else ""
+        case "schedule" if value.get("name") == "custom":
+            drops = ", ".join(f"{drop:,}" for drop in value["drops"]) or "none"
+            return f"{value['iterations']:,} iterations (drops: {drops})"
+        case "schedule":
+            return f"schedule {value.get('name')}"
+        case "data":
+            return str(value)
+    return f"{key} {value}"
+
+
+def _rank(key: str) -> tuple:
+    return (ORDER.index(key), "") if key in ORDER else (len(ORDER), key)
+
+
+def varying(groups: Sequence[Group]) -> list[str]:
+    """The conditions in which the groups differ."""
+    keys = {key for group in groups for key in group.conditions}
+    return [
+        key
+        for key in sorted(keys, key=_rank)
+        if any(g.conditions.get(key) != groups[0].conditions.get(key) for g in groups)
+    ]
+
+
+def partition(groups: Sequence[Group], but: Sequence[str]) -> list[list[Group]]:
+    """The groups put together where their conditions agree, those in ``but`` aside."""
+    parts: dict[str, list[Group]] = {}
+    for group in groups:
+        key = {name: value for name, value in group.conditions.items() if name not in but}
+        parts.setdefault(json.dumps(key, sort_keys=True), []).append(group)
+    return list(parts.values())
+
+
+def shared(groups: Sequence[Group], but: Sequence[str] = ()) -> str:
+    """The conditions in which all groups agree, in words, leaving out those in ``but``."""
+    if not groups:
+        return ""
+    left_out = {*varying(groups), "architecture", "n", "warm-up", "log", *but}
+    conditions = groups[0].conditions
+    keys = sorted(conditions.keys() - left_out, key=_rank)
+    return ", ".join(filter(None, (describe(key, conditions[key]) for key in keys)))
+
+
+def labels(groups: Sequence[Group], name: Callable[[Group], str] | None = None) -> list[str]:
+    """A name for each group, with the conditions in which it differs from others.
+
+    Args:
+        groups: The groups that are shown together.
+        name: How to call one (default: by architecture and depth).
+    """
+    keys = [key for key in varying(groups) if key not in ("architecture", "n", "log")]
+
+    def label(group: Group) -> str:
+        own = [describe(key, group.conditions[key]) for key in keys if key in group.conditions]
+        return ", ".join(filter(None, [name(group) if name else group.name, *own]))
+
+    found = [label(group) for group in groups]
+    return [
+        f"{text} ({group.runs[0].path})" if text and found.count(text) > 1 else text
+        for text, group in zip(found, groups, strict=True)
+    ]

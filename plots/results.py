@@ -1,0 +1,176 @@
+"""The report's tables with our numbers in them, as rows of cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from plots import conditions, reference
+from plots.runs import COMPLETE, DIVERGED, NAMES, UNFINISHED, Group
+
+BLANK = "\N{EN DASH}"  # not measured
+BEST = "Best epoch (chosen on the images it is measured on: no result)"
+WITHIN = ("architecture", "n", "warm-up")  # conditions that may differ within one table
+SOURCES = " after the last epoch; He et al. and the report on CIFAR-10"
+PARTIAL = {  # III.B: how the blocks of a ResNet-32 were trained
+    "resnet": "all from the start",
+    "top_down": "top-down",
+    "bottom_up": "bottom-up",
+}
+REPORT_NETS = {(name, layers) for name, column in reference.REPORT.items() for layers in column}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of a table.
+
+    Attributes:
+        text: What it says.
+        groups: The runs it was measured from; none for words and reference numbers.
+    """
+
+    text: str
+    groups: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a head; the note says what all of ours have in common."""
+
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[Cell]]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation (runs); a single run has no deviation."""
+    deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{deviation} ({len(values)} run{'s' * (len(values) > 1)})"
+
+
+def last(group: Group) -> str:
+    """Accuracy after the last epoch; runs that diverged or are not finished stand apart."""
+    parts = []
+    if complete := group.of(COMPLETE):
+        parts.append(spread([run.last for run in complete]))
+    if diverged := group.of(DIVERGED):
+        parts.append("diverged: " + spread([run.last for run in diverged]))
+    if unfinished := group.of(UNFINISHED):
+        done = ", ".join(f"{run.progress:.0%}" for run in unfinished)
+        parts.append(f"unfinished: {done} done")
+    return "; ".join(parts)
+
+
+def best(group: Group) -> str:
+    """Accuracy of the best epoch of complete runs."""
+    complete = group.of(COMPLETE)
+    return spread([run.best for run in complete]) if complete else BLANK
+
+
+def measured(groups: Sequence[Group], architecture: str, layers: int) -> Cell:
+    """The cell of one network; with a note on each where it was trained in several ways."""
+    own = [g for g in groups if (g.architecture, g.layers) == (architecture, layers)]
+    if not own:
+        return Cell(BLANK)
+    notes = conditions.labels(own, lambda _: "") if len(own) > 1 else [""]
+    texts = [
+        f"{last(g)}" + (f" [{note or 'no warm-up'}]" if len(own) > 1 else "")
+        for g, note in zip(own, notes, strict=True)
+    ]
+    return Cell("; ".join(texts), tuple(own))
+
+
+def _number(column: dict[int, float], layers: int) -> Cell:
+    return Cell(f"{column[layers]:.2f}" if layers in column else BLANK)
+
+
+def _fig6(groups: list[Group]) -> Table:
+    rows = [
+        [
+            Cell(str(layers)),
+            _number(reference.HE2015, layers),
+            _number(reference.REPORT["resnet"], layers),
+            measured(groups, "resnet", layers),
+        ]
+        for layers in reference.DEPTHS
+    ]
+    head = ["Layers", "He et al.", "Report", f"Ours, {_images(groups)}"]
+    return Table("Fig. 6: residual networks", _note(groups, SOURCES), head, rows)
+
+
+def _fig9(groups: list[Group]) -> Table:
+    names = ("plain", "resnet", "resresnet")
+    head = ["Layers"]
+    for name in names:
+        head += [f"{NAMES[name]}: report", f"{NAMES[name]}: ours, {_images(groups)}"]
+    rows = []
+    for layers in reference.DEPTHS:
+        row = [Cell(str(layers))]
+        for name in names:
+            row += [_number(reference.REPORT[name], layers), measured(groups, name, layers)]
+        rows.append(row)
+    return Table("Fig. 9: three architectures", _note(groups, SOURCES), head, rows)
+
+
+def _partial(groups: list[Group]) -> Table:
+    rows = []
+    for name, order in PARTIAL.items():
+        cell = measured(groups, name, 32)
+        plans = [
+            conditions.describe("schedule", group.conditions["schedule"]) for group in cell.groups
+        ]
+        report = _number(reference.REPORT[name], 32)
+        rows.append([Cell(order), report, cell, Cell("; ".join(plans) or BLANK)])
+    head = ["Blocks of ResNet-32", "Report", f"Ours, {_images(groups)}", "Our schedule"]
+    note = _note(groups, SOURCES, but=["schedule"])
+    return Table("III.B: initialization by partial training", note, head, rows)
+
+
+def _others(groups: list[Group]) -> Table:
+    rows = [
+        [Cell(label), Cell(last(group), (group,))]
+        for label, group in zip(conditions.labels(groups), groups, strict=True)
+    ]
+    title = "Runs that the report has no number for"
+    return Table(title, _note(groups), ["Run", "Last epoch"], rows)
+
+
+def _best(groups: list[Group]) -> Table:
+    rows = [
+        [Cell(label), Cell(last(group), (group,)), Cell(best(group))]
+        for label, group in zip(conditions.labels(groups), groups, strict=True)
+    ]
+    head = ["Run", "Last epoch: the result", BEST]
+    return Table("Best epochs", _note(groups), head, rows)
+
+
+def _note(groups: Sequence[Group], sources: str = "", but: Sequence[str] = ()) -> str:
+    ours = conditions.shared(groups, but)
+    return f"Accuracy in percent{sources}." + (f" Ours: {ours}." if ours else "")
+
+
+def _images(groups: Sequence[Group]) -> str:
+    """What the accuracy was measured on, to stand beside the number."""
+    if not groups:
+        return "not measured"
+    ours = groups[0].conditions
+    return ours["data"] + (" (validation)" if ours["evaluation"] == "validation" else "")
+
+
+def build(groups: Sequence[Group]) -> list[Table]:
+    """The report's tables for each set of conditions, then the other runs and the best epochs."""
+    tables = []
+    shown = []
+    for table, nets, within in (
+        (_fig6, {("resnet", layers) for layers in reference.DEPTHS}, WITHIN),
+        (_fig9, {net for net in REPORT_NETS if net[0] not in ("top_down", "bottom_up")}, WITHIN),
+        (_partial, {(name, 32) for name in PARTIAL}, (*WITHIN, "schedule")),
+    ):
+        chosen = [group for group in groups if (group.architecture, group.layers) in nets]
+        tables += [table(part) for part in conditions.partition(chosen, within) or [[]]]
+        shown += chosen
+    if others := [group for group in groups if group not in shown]:
+        tables.append(_others(others))
+    return [*tables, _best(groups)]
