@@ -1,0 +1,32 @@
+# make demo: from nothing to a trained network in minutes. make test: the tests.
+# PYTHON names the interpreter (3.11, 3.12 or 3.13), VENV the environment that is made and reused.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Old pip reads the first variable, new pip the second (see constraints.txt).
+PIP = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/python experiments/resnet.py --n 3 --data synthetic --epoch 8 --out demo
+	$(BIN)/python plots/curves.py demo -o demo/curves.png
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[cpu]'
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) --editable '.[cpu,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo
