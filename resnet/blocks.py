@@ -45,3 +45,28 @@ class ResidualBlock(Block):
 
     def forward(self, x):
         return functions.add_relu(super().forward(x), shortcut=x)
+
+
+class AbsentBlock(chainer.Link):
+    """Stands in for a block that is not there yet, without parameters (report, III.B).
+
+    It brings the shape to what the next part expects: average pooling where the block would have
+    a stride of 2, then channels of zeros. Thus every other block has the same shape in each stage
+    of partial training.
+
+    Args:
+        channels_in: Channels of the input.
+        channels: Channels of the output.
+        stride: Side of the square that is averaged.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.stride = stride
+
+    def forward(self, x):
+        """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
+        if self.stride > 1:
+            x = functions.pool(x, self.stride)
+        return functions.option_a(x, self.channels, 1)

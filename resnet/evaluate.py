@@ -15,7 +15,7 @@ import chainer
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from resnet import cifar10, command, extensions, functions, training, weights
+from resnet import cifar10, command, extensions, flags, functions, training, weights
 from resnet.command import InputError, Parser
 from resnet.network import layers
 from resnet.updater import Images
@@ -89,7 +89,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     path = args.weights / "blocks.h5" if args.weights.is_dir() else args.weights
-    device = training.find_device(args.device)
+    device = flags.find_device(args.device)
     functions.use()
     network, description = weights.restore(path)
     device.use()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import chainer
 import numpy as np
 from chainer import links as L
 from chainer.initializers import HeNormal
 
 from resnet import functions
-from resnet.blocks import Block, ResidualBlock
+from resnet.blocks import AbsentBlock, Block, ResidualBlock
 from resnet.modules import PlainModule, ResidualModule, convolution
 
 CHANNELS = (16, 32, 64)  # of conv2, conv3, conv4 (report, Table I)
-GROUPS = ("conv1", "conv2", "conv3", "conv4", "fc")  # Table I, in the order of the forward pass
+BLOCKS = ("conv2", "conv3", "conv4")  # Table I, in the order of the forward pass
+GROUPS = ("conv1", *BLOCKS, "fc")
 DEPTHS = {3: 20, 5: 32, 7: 44, 9: 56, 18: 110}  # n -> layers, the report's five depths
 
 
@@ -40,10 +43,17 @@ class Network(chainer.Chain):
 
     Args:
         n: Modules per block.
-        seed: Seed of the initial weights: the same seed, the same weights, on any device.
+        seed: Seed of the initial weights: the same seed, the same weights of every group, on any
+            device and whichever blocks are present.
         module: Class of the modules.
         block: Class of the blocks.
+        present: The blocks that are there; a stand-in without parameters takes the place of
+            each other one (report, III.B).
         classes: Number of classes.
+
+    Attributes:
+        frozen: Names of the blocks that are held still: they compute as at test time, and their
+            weights and statistics do not change (see ``freeze``).
     """
 
     def __init__(
@@ -52,38 +62,55 @@ class Network(chainer.Chain):
         seed: int = 0,
         module: type[chainer.Chain] = ResidualModule,
         block: type[Block] = Block,
+        present: Collection[str] = BLOCKS,
         classes: int = 10,
     ) -> None:
         super().__init__()
         self.n = n
-        rng = np.random.RandomState(seed)
+        self.frozen: frozenset[str] = frozenset()
         first, second, third = CHANNELS
+        shapes = ((first, first, 1), (first, second, 2), (second, third, 2))
+        rngs = [np.random.RandomState([seed, i]) for i in range(len(GROUPS))]
         with self.init_scope():
-            self.conv1 = Stem(first, rng)
-            self.conv2 = block(n, first, first, 1, rng, module)
-            self.conv3 = block(n, first, second, 2, rng, module)
-            self.conv4 = block(n, second, third, 2, rng, module)
-            self.fc = L.Linear(third, classes, initialW=HeNormal(rng=rng))
+            self.conv1 = Stem(first, rngs[0])
+            for name, shape, rng in zip(BLOCKS, shapes, rngs[1:], strict=False):
+                here = name in present
+                setattr(self, name, block(n, *shape, rng, module) if here else AbsentBlock(*shape))
+            self.fc = L.Linear(third, classes, initialW=HeNormal(rng=rngs[-1]))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups of Table I that are present."""
+        return tuple(name for name in GROUPS if not isinstance(self[name], AbsentBlock))
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Hold the blocks ``names`` still from here on."""
+        self.frozen = frozenset(names)
+        for name in names:
+            self[name].disable_update()
 
     def forward(self, x):
         """Logits of a batch of images: (N, 3, 32, 32) float32 -> (N, classes)."""
-        h = self.conv4(self.conv3(self.conv2(self.conv1(x))))
+        h = self.conv1(x)
+        for name in BLOCKS:
+            with chainer.using_config("train", chainer.config.train and name not in self.frozen):
+                h = self[name](h)
         return functions.linear(functions.average_pooling(h), self.fc.W, self.fc.b)
 
 
-def plain(n: int, seed: int = 0) -> Network:
+def plain(n: int, seed: int = 0, present: Collection[str] = BLOCKS) -> Network:
     """The plain network of 6n + 2 layers (report, Fig. 1 and 2a)."""
-    return Network(n, seed, module=PlainModule)
+    return Network(n, seed, module=PlainModule, present=present)
 
 
-def resnet(n: int, seed: int = 0) -> Network:
+def resnet(n: int, seed: int = 0, present: Collection[str] = BLOCKS) -> Network:
     """The residual network of 6n + 2 layers (report, II)."""
-    return Network(n, seed)
+    return Network(n, seed, present=present)
 
 
-def resresnet(n: int, seed: int = 0) -> Network:
+def resresnet(n: int, seed: int = 0, present: Collection[str] = BLOCKS) -> Network:
     """The residual of residual network of 6n + 2 layers (report, III.A)."""
-    return Network(n, seed, block=ResidualBlock)
+    return Network(n, seed, block=ResidualBlock, present=present)
 
 
 ARCHITECTURES = {"plain": plain, "resnet": resnet, "resresnet": resresnet}

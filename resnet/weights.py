@@ -6,6 +6,7 @@ the training images (``mean``), and attributes that say what the weights are.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,11 +32,12 @@ class Description:
     seed: int
     epoch: int
     iteration: int
+    groups: tuple[str, ...] = GROUPS
     version: str = __version__
 
 
 def save(path: Path, network: Network, description: Description, mean: np.ndarray) -> None:
-    """Write every block's weights and batch-normalization statistics.
+    """Write the weights and batch-normalization statistics of the groups that are present.
 
     Args:
         path: File to write; it appears whole or not at all.
@@ -47,7 +49,7 @@ def save(path: Path, network: Network, description: Description, mean: np.ndarra
         for key, value in asdict(description).items():
             file.attrs[key] = value
         file["mean"] = chainer.cuda.to_cpu(mean)
-        for name in GROUPS:
+        for name in description.groups:
             chainer.serializers.HDF5Serializer(file.create_group(name)).save(network[name])
 
 
@@ -68,6 +70,7 @@ def describe(path: Path) -> Description:
             seed=int(attributes["seed"]),
             epoch=int(attributes["epoch"]),
             iteration=int(attributes["iteration"]),
+            groups=tuple(map(str, attributes["groups"])),
             version=str(attributes["version"]),
         )
     except KeyError as error:
@@ -88,14 +91,16 @@ def read_mean(path: Path) -> np.ndarray:
         return file["mean"][()]
 
 
-def load(path: Path, network: Network, architecture: str, groups: tuple[str, ...] = GROUPS) -> None:
+def load(
+    path: Path, network: Network, architecture: str, groups: Collection[str] | None = None
+) -> None:
     """Load blocks from ``path`` into ``network``.
 
     Args:
         path: A file that ``save`` wrote.
         network: A network of the same n.
         architecture: What ``network`` is; a file of another architecture is refused.
-        groups: The groups to load.
+        groups: The groups to load; by default all that ``network`` has.
 
     Raises:
         InputError: The file is missing or damaged, or holds another architecture or depth.
@@ -105,6 +110,11 @@ def load(path: Path, network: Network, architecture: str, groups: tuple[str, ...
         raise InputError(
             f"{path}: holds {found.architecture} with n = {found.n}; "
             f"legal here: {architecture} with n = {network.n}"
+        )
+    groups = network.groups if groups is None else groups
+    if missing := sorted(set(groups) - set(found.groups)):
+        raise InputError(
+            f"{path}: holds {', '.join(found.groups)} of the network, and no {', '.join(missing)}"
         )
     with _open(path) as file:
         try:
@@ -122,7 +132,7 @@ def restore(path: Path) -> tuple[Network, Description]:
             f"{path}: unknown architecture '{description.architecture}'; "
             f"legal: {', '.join(ARCHITECTURES)}"
         )
-    network = ARCHITECTURES[description.architecture](description.n)
+    network = ARCHITECTURES[description.architecture](description.n, present=description.groups)
     load(path, network, description.architecture)
     return network, description
 

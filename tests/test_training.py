@@ -11,16 +11,17 @@ import h5py
 import numpy as np
 import pytest
 
-from resnet import extensions, network, training, weights
+from resnet import extensions, flags, network, training, weights
 from resnet.command import InputError
 from resnet.updater import Images
 
 
-def make_run(dataset, out, *flags, n=1):
-    args = training.parser("").parse_args(
-        ["--n", str(n), "-b", "16", "-e", "3", "--out", str(out), *flags]
+def make_run(dataset, out, *words, n=1):
+    args = flags.add_schedule(flags.parser("")).parse_args(
+        ["--n", str(n), "-b", "16", "-e", "3", "--out", str(out), *words]
     )
-    return training.Run("resnet", n, args, dataset, "test", chainer.get_device("@numpy"))
+    setting = training.Setting(args, dataset, "test", chainer.get_device("@numpy"), "chainer")
+    return training.Run("resnet", n, args.seed, setting)
 
 
 def read_log(folder):
@@ -206,16 +207,16 @@ def test_a_folder_of_another_run_is_refused(dataset, finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "words, message",
     [
         (["-b", "41"], "--batchsize: found 41, legal: up to 40"),
         (["--subset", "50"], "--subset: found 50"),
         (["--subset", "8"], "--batchsize: found 16, legal: up to 8"),
     ],
 )
-def test_impossible_sizes_are_refused(dataset, tmp_path, flags, message):
+def test_impossible_sizes_are_refused(dataset, tmp_path, words, message):
     with pytest.raises(InputError, match=message) as error:
-        make_run(dataset, tmp_path, *flags)
+        make_run(dataset, tmp_path, *words)
     assert error.value.code == 2
 
 
@@ -228,8 +229,8 @@ def test_unwritable_out_is_refused_before_training(dataset, tmp_path):
 def test_an_interrupted_write_leaves_the_older_snapshot(dataset, tmp_path, monkeypatch):
     run = interrupted_run(dataset, tmp_path, monkeypatch)
     before = set(os.listdir(run.folder))
-    run.device.use()
-    trainer, snapshots = run._trainer()
+    run.setting.device.use()
+    trainer, snapshots = run.make_trainer()
     snapshots.resume_newest(trainer)
 
     def full(file, **arrays):
@@ -286,7 +287,7 @@ def test_progress_on_a_terminal_shows_a_bar_with_the_time_left(dataset, tmp_path
 
     run = make_run(dataset, tmp_path)
     training.make_folder(run.folder)
-    trainer, _ = run._trainer()
+    trainer, _ = run.make_trainer()
     progress = trainer.get_extension("Progress")
     progress.out = Terminal()
     trainer.run()
@@ -298,10 +299,10 @@ def test_progress_on_a_terminal_shows_a_bar_with_the_time_left(dataset, tmp_path
 @pytest.mark.parametrize("name", ["7", "gpu", "-2", "@cupy:9", "1.5"])
 def test_unknown_devices_are_refused(name):
     with pytest.raises(InputError, match="--device: found") as error:
-        training.find_device(name)
+        flags.find_device(name)
     assert error.value.code == 2
 
 
 @pytest.mark.parametrize("name", ["cpu", "-1", "@numpy"])
 def test_spellings_of_the_cpu(name):
-    assert training.find_device(name).xp is np
+    assert flags.find_device(name).xp is np

@@ -61,6 +61,11 @@ def option_a(x, channels: int, stride: int):
     return stock.option_a(x, channels, stride)
 
 
+def pool(x, side: int):
+    """Average over squares: (N, C, H, W) -> (N, C, H / side, W / side)."""
+    return stock.pool(x, side)
+
+
 def average_pooling(x):
     """Global average pooling: (N, C, H, W) -> (N, C)."""
     return _backend.average_pooling(x)

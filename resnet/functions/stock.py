@@ -48,6 +48,10 @@ def as_shortcut(x, like):
     return option_a(x, like.shape[1], x.shape[2] // like.shape[2])
 
 
+def pool(x, side: int):
+    return F.average_pooling_2d(x, side)
+
+
 def average_pooling(x):
     return F.mean(x, axis=(2, 3))
 

@@ -1,0 +1,21 @@
+"""Train the report's residual of residual networks on CIFAR-10 (section III.A, Fig. 8 and 9).
+
+Each block's input is added to its output and the sum rectified: three more shortcuts whatever the
+depth, and no more parameters.
+
+  python experiments/resresnet.py --n 9                 ResResNet-56, 64k iterations
+  python experiments/resresnet.py                       20, 32, 44, 56 and 110 layers, one by one
+
+The same command again goes on where an interrupted run stopped.
+"""
+
+import sys
+from pathlib import Path
+
+# Python looks for modules beside the script first, and there 'resnet' is another script.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from resnet import command, training
+
+if __name__ == "__main__":
+    command.run(lambda: training.main("resresnet", __doc__))

@@ -1,0 +1,136 @@
+"""The command-line flags that all experiments share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import chainer
+
+from resnet import functions
+from resnet.command import USAGE, InputError, Parser
+
+BATCHSIZE = 128  # He et al. 2015, 4.2, and the report
+
+
+def whole_number(least: int):
+    """An argument type: a whole number from ``least`` up."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or number < least:
+            raise argparse.ArgumentTypeError(
+                f"found '{text}', legal: a whole number from {least} up"
+            )
+        return number
+
+    return parse
+
+
+def number(least: float):
+    """An argument type: a number from ``least`` up."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"found '{text}', legal: a number from {least:g} up")
+        return value
+
+    return parse
+
+
+def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18") -> Parser:
+    """The flags of every experiment but its schedule.
+
+    Args:
+        description: What ``--help`` begins with.
+        depths: What is trained without ``--n``.
+    """
+    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    # fmt: off
+    add("--n", type=whole_number(1), nargs="+", metavar="N",
+        help="modules per block, 6n + 2 layers; several are trained one after the other "
+        f"(default: {depths})")
+    add("--batchsize", "-b", type=whole_number(1), default=BATCHSIZE, metavar="B",
+        help="images per iteration (default: %(default)s)")
+    add("--epoch", "-e", type=whole_number(1), metavar="E",
+        help="train so many epochs instead of a named schedule")
+    add("--warmup", choices=("auto", "on", "off"), default="auto",
+        help="rate 0.01 until the training error is below 80%% (default: auto, from n = 18 on)")
+    add("--seed", type=whole_number(0), default=0, metavar="S",
+        help="fixes weights, order and augmentation (default: %(default)s)")
+    add("--runs", type=whole_number(1), default=1, metavar="K",
+        help="train with K seeds, from --seed up, and print mean and deviation (default: 1)")
+    add("--data", metavar="PATH",
+        help="CIFAR-10 as archive, unpacked folder or Chainer's cache; 'synthetic' for "
+        "the embedded stand-in (default: $CHAINER_DATASET_ROOT or ~/.chainer/dataset, "
+        "downloaded when it is not there)")
+    add("--subset", type=whole_number(1), metavar="K",
+        help="train on the first K training images only")
+    add("--validate", action="store_true",
+        help="hold out 5,000 training images and evaluate on them; the test images are not touched")
+    add("--device", "-d", metavar="D",
+        help="cpu, or the number of a GPU (default: GPU 0 when there is one)")
+    add("--backend", choices=functions.BACKENDS, default="auto",
+        help="what computes on the CPU: chainer, Chainer's own functions; onednn, several times "
+        "faster (default: auto, the fastest that is installed)")
+    add("--out", "-o", type=Path, default=Path("runs"), metavar="FOLDER",
+        help="folder for the run folders (default: %(default)s)")
+    add("--resume", "-r", type=Path, metavar="SNAPSHOT",
+        help="go on from this snapshot (default: the newest in the run folder, if there is one)")
+    add("--snapshot-interval", type=number(0), default=60, metavar="SECONDS",
+        help="time between snapshots (default: %(default)s)")
+    # fmt: on
+    return p
+
+
+def add_schedule(p: Parser) -> Parser:
+    """Add the flags that choose among the schedules for a whole network."""
+    # fmt: off
+    p.add_argument("--schedule", choices=("he2015", "report100"), default="he2015",
+        help="he2015: 64k iterations, rate divided by 10 at 32k and 48k; report100: "
+        "100 epochs, divided at 40 and 80 (default: %(default)s)")
+    p.add_argument("--drops", type=number(0), nargs="+", metavar="EPOCH",
+        help="with --epoch: divide the rate by 10 at these epochs "
+        "(default: at 1/2 and 3/4 of the training, as he2015)")
+    # fmt: on
+    return p
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        InputError: With exit code 2, naming the flags.
+    """
+    if getattr(args, "drops", None) is not None and args.epoch is None:
+        raise InputError("--drops: needs --epoch; legal: --epoch E --drops EPOCH ...", USAGE)
+    if args.resume is not None and (args.n is None or len(args.n) > 1 or args.runs > 1):
+        raise InputError(
+            "--resume: one snapshot is of one network; legal: with one --n and one run", USAGE
+        )
+
+
+def find_device(name: str | None) -> chainer.backend.Device:
+    """The device of ``--device``.
+
+    Raises:
+        InputError: There is no such device here.
+    """
+    gpus = chainer.cuda.cupy.cuda.runtime.getDeviceCount() if chainer.cuda.available else 0
+    if name is None:
+        name = "0" if gpus else "cpu"
+    if name in ("cpu", "-1", "@numpy"):
+        return chainer.get_device("@numpy")
+    index = name.removeprefix("@cupy:")
+    if index.isdigit() and int(index) < gpus:
+        return chainer.get_device(f"@cupy:{index}")
+    legal = "cpu" + (f" or a GPU from 0 to {gpus - 1}" if gpus else "; no GPU was found here")
+    raise InputError(f"--device: found '{name}', legal: {legal}", USAGE)
