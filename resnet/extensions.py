@@ -19,6 +19,7 @@ from resnet import files, functions
 from resnet.command import InputError, clock
 from resnet.updater import Images
 
+AFTER_LOG = training.PRIORITY_READER - 1  # priority of what needs the newest line of the log
 EVALUATION_BATCH = 500  # images at once; memory only, the result does not depend on it
 
 
@@ -69,6 +70,31 @@ class TrainingStatistics(training.Extension):
 
     def __call__(self, trainer) -> None:
         chainer.report(trainer.updater.statistics())
+
+
+class Distance(training.Extension):
+    """Reports how far the weights of each group have moved since this object was made.
+
+    The distance is the Euclidean norm of the change over all parameters of the group, divided by
+    the norm they had: 0 for weights that did not move. The log calls it ``conv2/distance`` etc.
+    """
+
+    priority = training.PRIORITY_WRITER
+
+    def __init__(self, network) -> None:
+        self.network = network
+        self._start = {name: self._weights(name) for name in network.groups}
+
+    def __call__(self, trainer) -> None:
+        distances = {}
+        for name, start in self._start.items():
+            moved = np.linalg.norm(self._weights(name) - start)
+            distances[f"{name}/distance"] = float(moved / np.linalg.norm(start))
+        chainer.report(distances)
+
+    def _weights(self, name: str) -> np.ndarray:
+        parameters = sorted(self.network[name].namedparams())
+        return np.concatenate([chainer.cuda.to_cpu(p.array).ravel() for _, p in parameters])
 
 
 class EpochEnd:
@@ -215,10 +241,11 @@ class Snapshots(training.Extension):
 
 def refuse_other_run(where: str, found: dict, wanted: dict) -> None:
     """Raise ``InputError`` naming the first thing in which two runs differ."""
-    for key, value in wanted.items():
-        if found.get(key) != value:
+    for key in {**wanted, **found}:
+        if found.get(key) != wanted.get(key):
             raise InputError(
-                f"{where}: of a run with {key} = {found.get(key)}, asked for is {key} = {value}; "
+                f"{where}: of a run with {key} = {found.get(key)}, "
+                f"asked for is {key} = {wanted.get(key)}; "
                 "give that run's flags, or another --out"
             )
 
@@ -232,7 +259,7 @@ class Progress(training.Extension):
         iterations: Length of the training.
     """
 
-    priority = training.PRIORITY_READER - 1  # after the log
+    priority = AFTER_LOG
     BAR = 30
 
     def __init__(self, log_report, evaluation: str, iterations: int, out=sys.stdout) -> None:

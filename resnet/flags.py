@@ -61,7 +61,7 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
     add("--batchsize", "-b", type=whole_number(1), default=BATCHSIZE, metavar="B",
         help="images per iteration (default: %(default)s)")
     add("--epoch", "-e", type=whole_number(1), metavar="E",
-        help="train so many epochs instead of a named schedule")
+        help="train so many epochs instead of the full schedule")
     add("--warmup", choices=("auto", "on", "off"), default="auto",
         help="rate 0.01 until the training error is below 80%% (default: auto, from n = 18 on)")
     add("--seed", type=whole_number(0), default=0, metavar="S",

@@ -84,7 +84,7 @@ class Network(chainer.Chain):
         return tuple(name for name in GROUPS if not isinstance(self[name], AbsentBlock))
 
     def freeze(self, names: Collection[str]) -> None:
-        """Hold the blocks ``names`` still from here on."""
+        """Hold the blocks ``names`` still from here on; call it once the optimizer is set up."""
         self.frozen = frozenset(names)
         for name in names:
             self[name].disable_update()

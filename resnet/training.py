@@ -128,6 +128,7 @@ class Run:
         self.schedule = self.choose_schedule()
         self.warm_up = args.warmup == "on" or (args.warmup == "auto" and n >= WARM_UP_FROM)
         self.folder = args.out / f"{architecture}-{layers(n)}-seed{seed}"
+        self.stream = seed  # of order and augmentation
         self.request = extensions.StopRequest()
 
     # What a kind of training of its own changes.
@@ -208,7 +209,9 @@ class Run:
         optimizer = functions.momentum_sgd(network, MOMENTUM, WEIGHT_DECAY)
         images = Images(self.train_x, self.train_y, self.mean, device)
         held_out = Images(data.test_x, data.test_y, self.mean, device)
-        updater = Updater(optimizer, images, args.batchsize, self.schedule, self.warm_up, self.seed)
+        updater = Updater(
+            optimizer, images, args.batchsize, self.schedule, self.warm_up, self.stream
+        )
         until_done = extensions.UntilDone(iterations, self.request)
         trainer = training.Trainer(updater, until_done, out=str(self.folder))
         epoch_end = extensions.EpochEnd(iterations)
@@ -234,9 +237,13 @@ class Run:
         return path.exists() and weights.describe(path).iteration >= self.schedule.iterations
 
     def result(self) -> tuple[dict, dict, bool]:
-        """Of the log: last entry, entry of the best evaluation, and whether a loss diverged."""
+        """Of the log: last entry, entry of the best evaluation, and whether the loss diverged.
+
+        Of partial training only the last stage counts: before it blocks are missing.
+        """
         log = json.loads((self.folder / "log").read_text())
-        best = max(log, key=lambda entry: entry[f"{self.evaluation}/main/accuracy"])
+        whole = [entry for entry in log if entry.get("stage") == log[-1].get("stage")]
+        best = max(whole, key=lambda entry: entry[f"{self.evaluation}/main/accuracy"])
         return log[-1], best, not all(math.isfinite(entry["main/loss"]) for entry in log)
 
     def report(self) -> None:
