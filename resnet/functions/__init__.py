@@ -6,6 +6,9 @@ and nothing else; which backend computes them is decided here and nowhere else.
 
 from __future__ import annotations
 
+import os
+import warnings
+
 from resnet.functions import onednn, stock
 
 BACKENDS = ("auto", "chainer", "onednn")
@@ -35,6 +38,19 @@ def use(name: str = "auto") -> str:
     if name == "auto" and not possible:
         return f"{_backend.describe()}; faster on a CPU with oneDNN: {reason}"
     return _backend.describe()
+
+
+def _after_fork() -> None:
+    """In a forked child: leave a backend whose threads stayed behind in the parent."""
+    global _backend
+    if _backend is onednn:
+        _backend = stock
+        warnings.warn(
+            f"{onednn.available()[1]}. Chainer's own functions compute here", stacklevel=2
+        )
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def convolution(x, W, stride: int = 1):

@@ -7,7 +7,6 @@ not float32 on the CPU, or asks for gradients of gradients, is handed to Chainer
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 
 import chainer
@@ -29,9 +28,13 @@ softmax_cross_entropy = stock.softmax_cross_entropy
 momentum_sgd = stock.momentum_sgd
 
 
-@functools.cache
+_started = _forked = False  # OpenMP's threads; whether this process is a fork of one that had them
+
+
 def available() -> tuple[bool, str]:
     """Whether this backend can run here, and one line that says what it is or what is missing."""
+    if _forked:
+        return False, "OpenMP does not survive a fork; start processes with 'spawn' instead"
     if kernels is None:
         return False, "Numba is missing: pip install numba"
     try:
@@ -54,8 +57,18 @@ def describe() -> str:
 
 def start() -> None:
     """Prepare this process; oneDNN reads ``OMP_NUM_THREADS`` itself, Numba has to be told."""
+    global _started
+    _started = True
     kernels.numba.set_num_threads(min(threads(), kernels.numba.config.NUMBA_NUM_THREADS))
     _reuse_memory()
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _forked or _started
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _reuse_memory() -> None:
@@ -94,8 +107,9 @@ class _Node(function_node.FunctionNode):
     """A node whose first-order gradients are arrays; higher orders go through Chainer's own."""
 
     def backward(self, indexes, grad_outputs):
-        inputs = self.get_retained_inputs()
         if chainer.config.enable_backprop:  # gradients of gradients are wanted
+            # Behind F.identity, the gradient of one input leaves out its ways through another.
+            inputs = [F.identity(x) for x in self.get_retained_inputs()]
             y = self.reference(*inputs)
             wanted = [inputs[i] for i in indexes]
             return chainer.grad([y], wanted, [grad_outputs[0]], enable_double_backprop=True)

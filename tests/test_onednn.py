@@ -1,0 +1,167 @@
+"""The CPU backend: threads, forks, gradients of gradients, and machines that cannot run it."""
+
+import os
+
+import chainer
+import numpy as np
+import pytest
+from chainer import links as L
+from conftest import ROOT, python
+
+import resnet  # noqa: F401 the shims come before Chainer is used
+from resnet import functions, network, synthetic
+from resnet.functions import onednn, primitives
+
+pytestmark = pytest.mark.skipif(not onednn.available()[0], reason=onednn.available()[1])
+
+STEPS = """
+import hashlib, sys
+import numpy as np
+from resnet import functions, network
+from test_onednn import train
+
+functions.use("onednn")
+print(hashlib.sha256(train(network.resnet(1), steps=5).tobytes()).hexdigest())
+"""
+
+
+@pytest.fixture(autouse=True)
+def onednn_computes(monkeypatch):
+    monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
+    functions.use("onednn")
+
+
+def train(net, steps, batchsize=32, rate=0.1):
+    """Losses of ``steps`` steps on synthetic images."""
+    x, t, _, _ = synthetic.make(batchsize * 4, 10)
+    x = x.astype(net.fc.W.dtype) / 255 - 0.5
+    optimizer = functions.momentum_sgd(net, 0.9, 1e-4)
+    optimizer.lr = rate
+    losses = []
+    for step in range(steps):
+        batch = slice(step % 4 * batchsize, (step % 4 + 1) * batchsize)
+        loss = functions.softmax_cross_entropy(net(x[batch]), t[batch])
+        net.cleargrads()
+        loss.backward()
+        optimizer.update()
+        losses.append(float(loss.array))
+    return np.array(losses)
+
+
+def child(code, **environment):
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    done = python("-c", code, PYTHONPATH=path, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_two_processes_compute_the_same_bits():
+    assert child(STEPS) == child(STEPS)
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_omp_num_threads_is_respected(threads):
+    if int(threads) > len(os.sched_getaffinity(0)):
+        pytest.skip("this machine has one processor")
+    code = STEPS + (
+        "import os, numba\n"
+        "print(numba.get_num_threads(), functions.use('onednn'))\n"
+        "print(len(os.listdir('/proc/self/task')))"
+    )
+    *_, backend, tasks = child(code, OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS="1").split("\n")
+    assert backend.startswith(f"{threads} onednn") and f"{threads} threads" in backend
+    assert int(tasks) <= 2 * int(threads)  # no second pool of workers beside OpenMP's
+
+
+FORK = """
+import multiprocessing
+
+def work(queue):
+    queue.put((functions.use(), train(network.resnet(1), steps=2)))
+
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+process = context.Process(target=work, args=(queue,))
+process.start()
+line, found = queue.get(timeout=120)
+process.join()
+print(abs(found / train(network.resnet(1), steps=2) - 1).max() < 1e-3, line)
+"""
+
+
+def test_a_forked_process_computes_with_chainers_functions_and_says_so():
+    """GNU OpenMP hangs in a child of a process that has used it."""
+    line = child(STEPS + FORK).split("\n")[-1]
+    assert line.startswith("True chainer (") and "does not survive a fork" in line
+
+
+def test_training_follows_double_precision_as_closely_as_chainers_own_functions():
+    """Over 20 steps; beyond, rounding errors grow exponentially whatever computes."""
+    exact = network.resnet(2)
+    for parameter in exact.params():
+        parameter.array = parameter.array.astype(np.float64)
+    for link in exact.links():
+        if isinstance(link, L.BatchNormalization):
+            link.avg_mean = link.avg_mean.astype(np.float64)
+            link.avg_var = link.avg_var.astype(np.float64)
+    functions.use("chainer")
+    reference = train(exact, 20, rate=0.01)
+    stock = abs(train(network.resnet(2), 20, rate=0.01) / reference - 1)
+    functions.use("onednn")
+    ours = abs(train(network.resnet(2), 20, rate=0.01) / reference - 1)
+    assert ours[0] < 1e-6
+    assert ours.mean() < 5 * stock.mean() < 0.01
+
+
+def test_200_steps_reach_the_loss_of_chainers_own_functions():
+    ours = train(network.resnet(1), 200, batchsize=16)
+    functions.use("chainer")
+    stock = train(network.resnet(1), 200, batchsize=16)
+    assert stock[-40:].mean() < 0.3 * stock[:4].mean()
+    assert ours[-40:].mean() < 0.3 * ours[:4].mean()
+
+
+def test_gradients_of_gradients_are_chainers():
+    net = network.resnet(1)
+    x = synthetic.make(8, 10)[0].astype("f") / 255
+    weight = net.conv3[0].conv1.W
+
+    def penalty():
+        """The squared norm of the gradient, differentiated once more."""
+        t = np.arange(8, dtype=np.int32)
+        loss = chainer.functions.softmax_cross_entropy(net(x), t, enable_double_backprop=True)
+        (g,) = chainer.grad([loss], [weight], enable_double_backprop=True)
+        (gg,) = chainer.grad([chainer.functions.sum(g * g)], [weight])
+        return gg.array
+
+    ours = penalty()
+    functions.use("chainer")
+    expected = penalty()
+    assert abs(expected).max() > 0
+    np.testing.assert_allclose(ours, expected, rtol=1e-2, atol=1e-3 * abs(expected).max())
+
+
+def test_what_it_is_not_made_for_goes_to_chainers_own_functions():
+    x64 = np.random.RandomState(0).rand(2, 3, 8, 8)
+    w64 = np.random.RandomState(1).rand(4, 3, 3, 3)
+    assert functions.convolution(x64, w64).array.dtype == np.float64
+    w5 = np.random.RandomState(1).rand(4, 3, 5, 5).astype("f")
+    y = functions.convolution(x64.astype("f"), w5)
+    expected = chainer.functions.convolution_2d(x64.astype("f"), w5, pad=1)
+    np.testing.assert_array_equal(y.array, expected.array)
+
+
+@pytest.mark.parametrize("missing", ["library", "numba"])
+def test_without_its_libraries_one_line_says_so(monkeypatch, missing):
+    if missing == "library":
+
+        def absent():
+            raise primitives.Missing("oneDNN is missing: pip install onednn-cpu-gomp")
+
+        monkeypatch.setattr(primitives, "version", absent)
+    else:
+        monkeypatch.setattr(onednn, "kernels", None)
+    line = functions.use("auto")
+    assert line.startswith("chainer (") and "pip install" in line and "\n" not in line
+    with pytest.raises(ValueError, match="pip install"):
+        functions.use("onednn")
