@@ -5,12 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import resnet.compat  # noqa: F401 the shims come before Chainer
+
+# isort: split
+import chainer
 import numpy as np
 import pytest
 
-from resnet import cifar10
+from resnet import cifar10, functions
 
 ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = (("chainer", "@numpy"), ("onednn", "@numpy"))  # name for functions.use, device
 
 
 @pytest.fixture
@@ -25,6 +30,18 @@ def dataset():
 
     names = tuple(f"brightness {i}" for i in range(10))
     return cifar10.Dataset("tiny", *images(40), *images(12), names, "made by the tests")
+
+
+@pytest.fixture(params=BACKENDS, ids="-".join)
+def backend(request, monkeypatch):
+    """Lets each backend in turn compute, where it can run; the device its arrays live on."""
+    name, device = request.param
+    monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
+    try:
+        functions.use(name)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    return chainer.get_device(device)
 
 
 def python(*words, cwd=ROOT, **environment):

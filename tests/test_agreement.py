@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from torch_network import TorchNetwork, each_backend
 
+from experiments.torch_network import TorchNetwork
 from resnet import cifar10, functions, network, schedule
 from resnet.updater import Images, Updater
 
-backend = each_backend
 ITERATIONS = 100
 TWINS = 6  # runs of PyTorch that tell its spread
 LAST = 50  # iterations at the end whose mean loss is compared

@@ -10,12 +10,11 @@ import pytest
 import torch
 from chainer import links as L
 from torch.nn import functional as F
-from torch_network import EPS, each_backend, option_a
 
+from experiments.torch_network import EPS, option_a
 from resnet import functions, network
 from resnet.functions import onednn
 
-backend = each_backend
 TOLERANCE = 1e-5
 SHORTCUTS = {"none": None, "identity": (6, 8, 9, 9), "option A": (6, 4, 18, 18)}
 

@@ -6,14 +6,12 @@ import pytest
 import torch
 from chainer import links as L
 from torch.nn import functional as F
-from torch_network import TorchNetwork, each_backend, state, torch_name
 
+from experiments.torch_network import TorchNetwork, state, torch_name
 from resnet import functions
 from resnet.blocks import Block, ResidualBlock
 from resnet.modules import PlainModule, ResidualModule
 from resnet.network import ARCHITECTURES, DEPTHS, GROUPS, Network, layers, plain, resnet, resresnet
-
-backend = each_backend
 
 
 def random(*shape):

@@ -8,7 +8,6 @@ import pytest
 from chainer import links as L
 from conftest import ROOT, python
 
-import resnet  # noqa: F401 the shims come before Chainer is used
 from resnet import functions, network, synthetic
 from resnet.functions import onednn, primitives
 

@@ -4,8 +4,8 @@ import chainer
 import h5py
 import numpy as np
 import pytest
-from torch_network import state
 
+from experiments.torch_network import state
 from resnet import network, weights
 from resnet.command import InputError
 from resnet.network import ARCHITECTURES, GROUPS

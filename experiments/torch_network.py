@@ -1,32 +1,14 @@
-"""What the tests compare with: the same networks in PyTorch; and the backends that are compared."""
+"""The networks of the report in PyTorch: what the tests and the speed table compare with."""
 
-import chainer
+from __future__ import annotations
+
 import numpy as np
-import pytest
 import torch
 from chainer.serializers import DictionarySerializer
 from torch import nn
 from torch.nn import functional as F
 
-from resnet import functions
-
 EPS = 2e-5  # of Chainer's batch normalization; its decay 0.9 is torch's momentum 0.1
-BACKENDS = (("chainer", "@numpy"), ("onednn", "@numpy"))  # name for functions.use, device
-
-
-@pytest.fixture(params=BACKENDS, ids="-".join)
-def each_backend(request, monkeypatch):
-    """Lets each backend in turn compute, where it can run; the device its arrays live on.
-
-    A test module takes it up with ``backend = each_backend``.
-    """
-    name, device = request.param
-    monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
-    try:
-        functions.use(name)
-    except ValueError as reason:
-        pytest.skip(str(reason))
-    return chainer.get_device(device)
 
 
 def option_a(x, like):
@@ -49,7 +31,7 @@ class Stem(nn.Module):
         self.conv, self.bn = convolution(3, 16), normalization(16)
 
     def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
+        return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class Module(nn.Module):
@@ -60,8 +42,9 @@ class Module(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + option_a(x, y) if self.shortcut else y)
+        h = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(h))
+        return F.relu(y + option_a(x, y) if self.shortcut else y, inplace=True)
 
 
 class Block(nn.Sequential):
@@ -72,7 +55,7 @@ class Block(nn.Sequential):
 
     def forward(self, x):
         y = super().forward(x)
-        return F.relu(y + option_a(x, y)) if self.shortcut else y
+        return F.relu(y + option_a(x, y), inplace=True) if self.shortcut else y
 
 
 class TorchNetwork(nn.Module):
