@@ -40,12 +40,8 @@ class PlainModule(chainer.Chain):
 
     def forward(self, x):
         """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
-        return functions.normalize(self._residual(x), self.bn2)
-
-    def _residual(self, x):
-        """F(x) before its last batch normalization."""
-        h = functions.normalize(functions.convolution(x, self.conv1.W, self.stride), self.bn1)
-        return functions.convolution(h, self.conv2.W)
+        h = functions.layer(x, self.conv1.W, self.bn1, self.stride)
+        return functions.layer(h, self.conv2.W, self.bn2)
 
 
 class ResidualModule(PlainModule):
@@ -55,4 +51,5 @@ class ResidualModule(PlainModule):
     """
 
     def forward(self, x):
-        return functions.normalize(self._residual(x), self.bn2, shortcut=x)
+        h = functions.layer(x, self.conv1.W, self.bn1, self.stride)
+        return functions.layer(h, self.conv2.W, self.bn2, shortcut=x)

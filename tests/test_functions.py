@@ -16,7 +16,6 @@ from resnet import functions, network
 from resnet.functions import onednn
 
 TOLERANCE = 1e-5
-SHORTCUTS = {"none": None, "identity": (6, 8, 9, 9), "option A": (6, 4, 18, 18)}
 
 
 @pytest.fixture(autouse=True)
@@ -57,115 +56,128 @@ def compare(backend, ours, theirs, *arrays):
         assert_close(variable.grad, tensor.grad)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "channels", "stride"),
-    [
-        ((4, 3, 32, 32), 16, 1),
-        ((4, 16, 32, 32), 16, 1),
-        ((4, 16, 32, 32), 32, 2),
-        ((2, 32, 16, 16), 64, 2),
-        ((1, 64, 8, 8), 64, 1),
-        ((3, 5, 7, 9), 6, 1),
-        ((3, 5, 7, 9), 6, 2),
-    ],
-)
-def test_convolution(backend, shape, channels, stride, channels_last):
-    compare(
-        backend,
-        lambda x, w: functions.convolution(x, w, stride),
-        lambda x, w: F.conv2d(x, w, stride=stride, padding=1),
-        images(*shape, channels_last=channels_last),
-        random(channels, shape[1], 3, 3),
-    )
-
-
-def make_normalization(backend):
-    """A link of 8 channels in the middle of a training."""
-    bn = L.BatchNormalization(8)
-    bn.gamma.array[...] = 1 + random(8) / 2
-    bn.beta.array[...] = random(8) / 2
-    bn.avg_mean[...] = random(8) / 100
-    bn.avg_var[...] = np.logspace(-5, 1, 8)
+def make_normalization(backend, channels):
+    """A link in the middle of a training: nothing of it is 0 or 1."""
+    bn = L.BatchNormalization(channels)
+    bn.gamma.array[...] = 1 + random(channels) / 2
+    bn.beta.array[...] = random(channels) / 2
+    bn.avg_mean[...] = random(channels) / 100
+    bn.avg_var[...] = np.logspace(-5, 1, channels)
     bn.to_device(backend)
     bn.cleargrads()
     return bn
 
 
-def spread(x):
-    """Channels of all sizes: variances from below to far above ``EPS``, means beside 0."""
-    deviation = np.logspace(-2.5, 0.5, x.shape[1], dtype=np.float32)[:, None, None]
-    return (x + random(x.shape[1])[:, None, None]) * deviation
+def make_weights(channels, channels_in):
+    """Filters whose outputs have variances from below to far above ``EPS``."""
+    size = np.logspace(-3, 0, channels, dtype=np.float32)[:, None, None, None]
+    return random(channels, channels_in, 3, 3) * size
+
+
+def their_normalization(bn):
+    """The link's running averages, and its parameters, as tensors in double precision."""
+    averages = [torch.tensor(chainer.cuda.to_cpu(a)).double() for a in (bn.avg_mean, bn.avg_var)]
+    parameters = [
+        torch.tensor(chainer.cuda.to_cpu(p.array), dtype=torch.float64, requires_grad=True)
+        for p in (bn.gamma, bn.beta)
+    ]
+    return averages, parameters
+
+
+LAYERS = [  # input, channels, stride, shortcut
+    ((4, 3, 32, 32), 16, 1, None),
+    ((4, 16, 32, 32), 16, 1, (4, 16, 32, 32)),
+    ((4, 16, 32, 32), 32, 2, None),
+    ((2, 32, 16, 16), 32, 1, (2, 16, 32, 32)),
+    ((2, 32, 16, 16), 64, 2, None),
+    ((2, 64, 8, 8), 64, 1, (2, 64, 8, 8)),
+    ((1, 64, 8, 8), 64, 1, (1, 32, 16, 16)),
+    ((3, 5, 7, 9), 6, 1, (3, 6, 7, 9)),
+    ((3, 5, 7, 9), 6, 2, (3, 5, 7, 9)),
+]
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "test"])
-@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_normalize(backend, shortcut, channels_last, relu, train):
-    bn = make_normalization(backend)
-    mean, var = (torch.tensor(chainer.cuda.to_cpu(a)).double() for a in (bn.avg_mean, bn.avg_var))
-    gamma, beta = (
-        torch.tensor(chainer.cuda.to_cpu(p.array), dtype=torch.float64, requires_grad=True)
-        for p in (bn.gamma, bn.beta)
-    )
+@pytest.mark.parametrize(("shape", "channels", "stride", "added"), LAYERS)
+def test_layer(backend, shape, channels, stride, added, channels_last, train):
+    bn = make_normalization(backend, channels)
+    (mean, var), (gamma, beta) = their_normalization(bn)
 
-    def theirs(x, *added):
-        y = F.batch_norm(x, mean, var, gamma, beta, training=train, momentum=0.1, eps=EPS)
-        if added:
-            y = y + option_a(added[0], y)
-        return F.relu(y) if relu else y
+    def theirs(x, w, *shortcut):
+        h = F.conv2d(x, w, stride=stride, padding=1)
+        y = F.batch_norm(h, mean, var, gamma, beta, training=train, momentum=0.1, eps=EPS)
+        return F.relu(y + option_a(shortcut[0], y) if shortcut else y)
 
-    arrays = [spread(images(6, 8, 9, 9, channels_last=channels_last))]
-    if SHORTCUTS[shortcut]:
-        arrays.append(images(*SHORTCUTS[shortcut], channels_last=channels_last))
+    arrays = [images(*shape, channels_last=channels_last), make_weights(channels, shape[1])]
+    if added:
+        arrays.append(images(*added, channels_last=channels_last))
     with chainer.using_config("train", train):
-        compare(backend, lambda x, *s: functions.normalize(x, bn, *s, relu=relu), theirs, *arrays)
+        compare(backend, lambda x, w, *s: functions.layer(x, w, bn, stride, *s), theirs, *arrays)
     assert_close(bn.gamma.grad, gamma.grad)
     assert_close(bn.beta.grad, beta.grad)
     assert_close(bn.avg_mean, mean)  # torch updates them in place, in training only
     assert_close(bn.avg_var, var)
 
 
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_normalize_without_gradients_at_test_time(backend, shortcut):
+@pytest.mark.parametrize(("shape", "channels", "stride", "added"), LAYERS)
+def test_layer_without_gradients_at_test_time(backend, shape, channels, stride, added):
     """How a trained network is evaluated."""
-    bn = make_normalization(backend)
-    mean, var, gamma, beta = (
-        torch.tensor(chainer.cuda.to_cpu(a)).double()
-        for a in (bn.avg_mean, bn.avg_var, bn.gamma.array, bn.beta.array)
-    )
-    x = spread(images(6, 8, 9, 9))
-    expected = F.batch_norm(torch.tensor(x).double(), mean, var, gamma, beta, eps=EPS)
-    added = SHORTCUTS[shortcut] and images(*SHORTCUTS[shortcut])
-    if added is not None:
-        expected = expected + option_a(torch.tensor(added).double(), expected)
-        added = backend.send(added)
+    bn = make_normalization(backend, channels)
+    averages, parameters = their_normalization(bn)
+    x, w = images(*shape), make_weights(channels, shape[1])
+    h = F.conv2d(torch.tensor(x).double(), torch.tensor(w).double(), stride=stride, padding=1)
+    expected = F.batch_norm(h, *averages, *parameters, eps=EPS)
+    shortcut = added and images(*added)
+    if added:
+        expected = expected + option_a(torch.tensor(shortcut).double(), expected)
+        shortcut = backend.send(shortcut)
     with chainer.using_config("train", False), chainer.no_backprop_mode():
-        y = functions.normalize(backend.send(x), bn, added)
+        y = functions.layer(backend.send(x), backend.send(w), bn, stride, shortcut)
     assert_close(y.array, F.relu(expected))
+
+
+def test_one_variable_on_every_way_through_a_layer(backend):
+    """Its gradients add up: as input and shortcut, and of both layers that it enters."""
+    x, w = random(2, 8, 8, 8), random(8, 8, 3, 3) / 8
+    variable, weights = (chainer.Variable(backend.send(a)) for a in (x, w))
+    bn = L.BatchNormalization(8)
+    bn.to_device(backend)
+    y = functions.layer(variable, weights, bn, 1, variable)
+    y = functions.layer(y, weights, bn, 1, variable)
+    chainer.functions.sum(y * y).backward()
+    tensor, filters = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, w))
+
+    def theirs(h):
+        h = F.batch_norm(F.conv2d(h, filters, padding=1), None, None, training=True, eps=EPS)
+        return F.relu(h + tensor)
+
+    theirs(theirs(tensor)).square().sum().backward()
+    assert_close(variable.grad, tensor.grad)
+    assert_close(weights.grad, filters.grad)
 
 
 def test_running_averages_follow_torch_with_the_unbiased_variance(backend):
     bn = L.BatchNormalization(8)
     bn.to_device(backend)
     theirs = torch.nn.BatchNorm2d(8, eps=EPS, momentum=0.1).double()
+    w = make_weights(8, 4)
     for batch in range(3):
-        x = spread(random(2, 8, 3, 3 + batch))  # 18 values: the variances differ by 1 in 17
-        functions.normalize(chainer.Variable(backend.send(x)), bn)
-        theirs(torch.tensor(x).double())
+        x = random(2, 4, 3, 3 + batch)  # 18 values: the variances differ by 1 in 17
+        functions.layer(chainer.Variable(backend.send(x)), backend.send(w), bn)
+        theirs(F.conv2d(torch.tensor(x).double(), torch.tensor(w).double(), padding=1))
     assert_close(bn.avg_mean, theirs.running_mean)
     assert_close(bn.avg_var, theirs.running_var)
 
 
-@pytest.mark.parametrize("shortcut", ["identity", "option A"])
+@pytest.mark.parametrize("shortcut", [(6, 8, 9, 9), (6, 4, 18, 18)], ids=["identity", "option A"])
 def test_add_relu(backend, shortcut):
     compare(
         backend,
         functions.add_relu,
         lambda x, added: F.relu(x + option_a(added, x)),
         random(6, 8, 9, 9),
-        random(*SHORTCUTS[shortcut]),
+        random(*shortcut),
     )
 
 

@@ -140,14 +140,49 @@ def test_gradients_of_gradients_are_chainers():
     np.testing.assert_allclose(ours, expected, rtol=1e-2, atol=1e-3 * abs(expected).max())
 
 
+def test_the_optimizer_stays_chainers_whatever_happens_between_steps(tmp_path):
+    """Weights are replaced, links frozen and thawed, the state is saved and loaded."""
+
+    def trained(path):
+        net = network.resnet(1)
+        optimizer = functions.momentum_sgd(net, 0.9, 0.01)
+        optimizer.lr = 0.1
+        rng = np.random.RandomState(0)
+
+        def step():
+            for parameter in net.params():
+                parameter.grad = rng.standard_normal(parameter.shape).astype("f")
+            optimizer.update()
+
+        step()
+        net.fc.W.array = net.fc.W.array + 1
+        step()
+        net.conv3.disable_update()
+        step()
+        chainer.serializers.save_npz(path, optimizer)
+        step()
+        net.conv3.enable_update()
+        chainer.serializers.load_npz(path, optimizer)
+        step()
+        return {name: parameter.array for name, parameter in net.namedparams()}, optimizer.t
+
+    ours, t = trained(tmp_path / "ours.npz")
+    functions.use("chainer")
+    expected, their_t = trained(tmp_path / "theirs.npz")
+    assert t == their_t
+    for name, array in expected.items():
+        np.testing.assert_allclose(ours[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_what_it_is_not_made_for_goes_to_chainers_own_functions():
-    x64 = np.random.RandomState(0).rand(2, 3, 8, 8)
-    w64 = np.random.RandomState(1).rand(4, 3, 3, 3)
-    assert functions.convolution(x64, w64).array.dtype == np.float64
-    w5 = np.random.RandomState(1).rand(4, 3, 5, 5).astype("f")
-    y = functions.convolution(x64.astype("f"), w5)
-    expected = chainer.functions.convolution_2d(x64.astype("f"), w5, pad=1)
-    np.testing.assert_array_equal(y.array, expected.array)
+    x = np.random.RandomState(0).rand(2, 3, 8, 8)
+    w3, w5 = (np.random.RandomState(1).rand(4, 3, k, k) for k in (3, 5))
+    bn = chainer.links.BatchNormalization(4, dtype=np.float64)
+    assert functions.layer(x, w3, bn).array.dtype == np.float64
+    bn = chainer.links.BatchNormalization(4)
+    y = functions.layer(x.astype("f"), w5.astype("f"), bn)
+    h = chainer.functions.convolution_2d(x.astype("f"), w5.astype("f"), pad=1)
+    np.testing.assert_array_equal(y.array, chainer.functions.relu(bn(h)).array)
 
 
 @pytest.mark.parametrize("missing", ["library", "numba"])

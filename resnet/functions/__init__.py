@@ -53,18 +53,14 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def convolution(x, W, stride: int = 1):
-    """3x3 convolution, padding 1, no bias: (N, C, H, W) -> (N, K, H/stride, W/stride)."""
-    return _backend.convolution(x, W, stride)
+def layer(x, W, bn, stride: int = 1, shortcut=None):
+    """``relu(BN(convolution(x, W)) + A(shortcut))``; A is the option A shortcut.
 
-
-def normalize(x, bn, shortcut=None, relu: bool = True):
-    """``relu(BN(x) + A(shortcut))``; BN is the link ``bn``, A the option A shortcut.
-
-    In training mode the statistics are the batch's and ``bn``'s running averages are updated as
-    ``chainer.functions.batch_normalization`` does; otherwise the running averages are used.
+    3x3 convolution with padding 1 and no bias: (N, C, H, W) -> (N, K, H/stride, W/stride). BN is
+    the link ``bn``: in training mode the statistics are the batch's and its running averages are
+    updated as ``chainer.functions.batch_normalization`` does; otherwise the averages are used.
     """
-    return _backend.normalize(x, bn, shortcut, relu)
+    return _backend.layer(x, W, bn, stride, shortcut)
 
 
 def add_relu(x, shortcut):

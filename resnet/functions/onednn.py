@@ -7,11 +7,12 @@ not float32 on the CPU, or asks for gradients of gradients, is handed to Chainer
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 
 import chainer
 import numpy as np
-from chainer import function_node
+from chainer import function_node, optimizers
 from chainer import functions as F
 
 from resnet.functions import primitives, stock
@@ -22,10 +23,11 @@ try:
 except ImportError:  # without Numba; available() says so
     kernels = None
 
+WIDTH = 256  # values of a row: vectors are well used, a row stays in the innermost cache
+
 average_pooling = stock.average_pooling
 linear = stock.linear
 softmax_cross_entropy = stock.softmax_cross_entropy
-momentum_sgd = stock.momentum_sgd
 
 
 _started = _forked = False  # OpenMP's threads; whether this process is a fork of one that had them
@@ -98,80 +100,65 @@ def _channels_last(x: np.ndarray) -> np.ndarray:
     return y
 
 
-def _pixels(x: np.ndarray) -> np.ndarray:
-    """A channels-last (N, C, H, W) seen as (N * H * W, C)."""
-    return x.transpose(0, 2, 3, 1).reshape(-1, x.shape[1])
+def _rows(x: np.ndarray) -> np.ndarray:
+    """A channels-last (N, C, H, W) seen as rows of pixels, joined up to ``WIDTH`` values."""
+    channels = x.shape[1]
+    pixels = x.size // channels
+    joined = math.gcd(pixels, max(1, WIDTH // channels))
+    return x.transpose(0, 2, 3, 1).reshape(-1, joined * channels)
+
+
+def _along(rows: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
+    """What belongs to a channel, repeated for the pixels that a row joins."""
+    return [np.tile(v, rows.shape[1] // len(v)) for v in values]
 
 
 class _Node(function_node.FunctionNode):
     """A node whose first-order gradients are arrays; higher orders go through Chainer's own."""
 
-    def backward(self, indexes, grad_outputs):
+    def backward_accumulate(self, indexes, grad_outputs, grad_inputs):
         if chainer.config.enable_backprop:  # gradients of gradients are wanted
             # Behind F.identity, the gradient of one input leaves out its ways through another.
             inputs = [F.identity(x) for x in self.get_retained_inputs()]
             y = self.reference(*inputs)
             wanted = [inputs[i] for i in indexes]
-            return chainer.grad([y], wanted, [grad_outputs[0]], enable_double_backprop=True)
-        gradients = self.gradients(indexes, _channels_last(grad_outputs[0].array))
-        return tuple(None if g is None else chainer.as_variable(g) for g in gradients)
+            found = chainer.grad([y], wanted, [grad_outputs[0]], enable_double_backprop=True)
+            pairs = zip(found, grad_inputs, strict=True)
+            return tuple(g if before is None else g + before for g, before in pairs)
+        gy = _channels_last(grad_outputs[0].array)
+        before = [None if g is None else g.array for g in grad_inputs]
+        return tuple(map(chainer.as_variable, self.gradients(indexes, gy, before)))
 
 
-class _Convolution(_Node):
-    def __init__(self, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
+class _Layer(_Node):
+    """relu(BN(convolution(x, W)) + A(shortcut)) with the statistics of the batch."""
 
-    def reference(self, x, w):
-        return stock.convolution(x, w, self.stride)
-
-    def forward(self, inputs):
-        self.retain_inputs((0, 1))
-        x, w = inputs
-        x = self.x = _channels_last(x)
-        self.primitive = primitives.convolution(x.shape, len(w), self.stride)
-        return (self.primitive.forward(x, np.ascontiguousarray(w)),)
-
-    def gradients(self, indexes, gy):
-        w = np.ascontiguousarray(self.get_retained_inputs()[1].array)
-        compute = {
-            0: lambda: self.primitive.backward_data(gy, w),
-            1: lambda: self.primitive.backward_weights(self.x, gy),
-        }
-        return [compute[i]() for i in indexes]
-
-
-def convolution(x, W, stride: int = 1):
-    if not _fits(x, W) or W.shape[2:] != (3, 3):
-        return stock.convolution(x, W, stride)
-    return _Convolution(stride).apply((x, W))[0]
-
-
-class _Normalize(_Node):
-    """relu(BN(x) + A(shortcut)) with the statistics of the batch."""
-
-    def __init__(self, bn, relu: bool) -> None:
+    def __init__(self, bn, stride: int) -> None:
         super().__init__()
         self.bn = bn
-        self.relu = relu
+        self.stride = stride
 
-    def reference(self, x, gamma, beta, shortcut=None):
-        y = F.batch_normalization(x, gamma, beta, eps=self.bn.eps)
-        if shortcut is not None:
-            y = y + stock.as_shortcut(shortcut, y)
-        return F.relu(y) if self.relu else y
+    def reference(self, x, w, gamma, beta, shortcut=None):
+        h = stock.convolution(x, w, self.stride)
+        y = F.batch_normalization(h, gamma, beta, eps=self.bn.eps)
+        return F.relu(y if shortcut is None else y + stock.as_shortcut(shortcut, y))
 
     def forward(self, inputs):
         self.retain_inputs(tuple(range(len(inputs))))
-        x, gamma, beta, *shortcut = inputs
-        x = self.x = _channels_last(x)
-        pixels = _pixels(x)
-        self.mean, var = kernels.moments(pixels)
+        x, w, gamma, beta, *shortcut = inputs
+        self.x = _channels_last(x)
+        self.convolution = primitives.convolution(x.shape, len(w), self.stride)
+        self.h = self.convolution.forward(self.x, np.ascontiguousarray(w))
+        self.mean, var = _moments(self.h)
         self.deviation = np.float32(1) / np.sqrt(var + np.float32(self.bn.eps))
-        self._update_averages(len(pixels), var)
-        scale = gamma * self.deviation
-        self.y = _apply(x, scale, beta - self.mean * scale, shortcut, self.relu)
-        return (self.y,)
+        self._update_averages(self.h.size // len(w), var)
+        self.scale = gamma * self.deviation
+        self.shift = beta - self.mean * self.scale
+        y = primitives.empty(self.h.shape)
+        _finish(self.h, self.scale, self.shift, shortcut, y)
+        if shortcut:  # otherwise its mask is computed again: to read y costs more
+            self.y = y
+        return (y,)
 
     def _update_averages(self, count: int, var: np.ndarray) -> None:
         # As chainer.functions.batch_normalization does, with the unbiased variance.
@@ -181,38 +168,90 @@ class _Normalize(_Node):
         bn.avg_var *= bn.decay
         bn.avg_var += (1 - bn.decay) * (count / max(count - 1.0, 1.0)) * var
 
-    def gradients(self, indexes, gy):
-        _, gamma, _, *shortcut = (v.array for v in self.get_retained_inputs())
-        x, g = _pixels(self.x), _pixels(gy)
-        if self.relu:
-            before = primitives.empty(gy.shape)
-            kernels.masked(g, _pixels(self.y), _pixels(before))
-            gy, g = before, _pixels(before)
-        gbeta, product = kernels.gradient_sums(x, g, self.mean)
-        ggamma = product * self.deviation
-        # gx = gamma / s * (g - mean(g) - xhat * mean(g * xhat)), xhat = (x - mean) / s
-        factor = gamma * self.deviation
-        slope = -factor * ggamma * self.deviation / np.float32(len(x))
-        offset = -factor * gbeta / np.float32(len(x)) - slope * self.mean
-        gx = primitives.empty(self.x.shape)
-        kernels.input_gradient(x, g, factor, slope, offset, _pixels(gx))
-        results = [gx, ggamma, gbeta]
+    def gradients(self, indexes, gy, before):
+        _, w, gamma, _, *shortcut = (v.array for v in self.get_retained_inputs())
+        h, g = _rows(self.h), _rows(gy)
+        (mean,) = _along(h, self.mean)
         if shortcut:
-            results.append(_shortcut_gradient(gy, shortcut[0].shape))
-        return [results[i] for i in indexes]
+            before_relu = primitives.empty(gy.shape)
+            parts = kernels.masked_gradient_sums(h, g, _rows(self.y), mean, _rows(before_relu))
+            gy, g = before_relu, _rows(before_relu)
+        else:
+            own = _along(h, self.scale, self.shift)
+            parts = kernels.gradient_sums(h, g, *own, mean)
+        sums = parts.sum(axis=0, dtype=np.float64).reshape(2, -1, len(gamma)).sum(axis=1)
+        gbeta, product = sums.astype(np.float32)
+        ggamma = product * self.deviation
+        # gh = gamma / s * (g - mean(g) - xhat * mean(g * xhat)), xhat = (h - mean) / s
+        count = np.float32(self.h.size // len(gamma))
+        factor = gamma * self.deviation
+        slope = -factor * ggamma * self.deviation / count
+        offset = -factor * gbeta / count - slope * self.mean
+        gh = primitives.empty(gy.shape)
+        coefficients = _along(h, factor, slope, offset)
+        if shortcut:
+            kernels.input_gradient(h, g, *coefficients, _rows(gh))
+        else:
+            kernels.relu_input_gradient(h, g, *own, *coefficients, _rows(gh))
+        results = {2: ggamma, 3: gbeta, 1: self.convolution.backward_weights(self.x, gh)}
+        if indexes[0] == 0:
+            results[0] = gx = self.convolution.backward_data(gh, np.ascontiguousarray(w))
+            earlier, *before = before
+            if earlier is not None:  # the shortcut's, the one sum that is large
+                kernels.add(_rows(_channels_last(earlier)), _rows(gx))
+            before.insert(0, None)
+        if shortcut:
+            results[4] = _shortcut_gradient(gy, shortcut[0].shape)
+        return _added(indexes, results, before)
 
 
-def _apply(x, scale, shift, shortcut, relu: bool) -> np.ndarray:
-    """[relu](x * scale + shift [+ A(shortcut)])."""
-    y = primitives.empty(x.shape)
-    if shortcut and relu:
-        added = _pixels(_widen(shortcut[0], x.shape))
-        kernels.scale_shift_add(_pixels(x), scale, shift, added, _pixels(y))
-        return y
-    kernels.scale_shift(_pixels(x), scale, shift, relu, _pixels(y))
+def _moments(h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and (biased) variance of the channels of (N, C, H, W), float32 (C,)."""
+    rows, channels = _rows(h), h.shape[1]
+    chunks = -(-len(rows) // kernels.CHUNK)
+    joined = rows.shape[1] // channels
+    parts = np.empty((chunks, 2, rows.shape[1]), np.float32)
+    kernels.partial_moments(rows, parts)
+    counts = np.full((chunks, joined), kernels.CHUNK)
+    counts[-1] = len(rows) - kernels.CHUNK * (chunks - 1)
+    parts = parts.reshape(chunks, 2, joined, channels).transpose(0, 2, 1, 3)
+    return kernels.moments(np.ascontiguousarray(parts).reshape(-1, 2, channels), counts.ravel())
+
+
+def _added(indexes, results, before) -> list[np.ndarray]:
+    """The results asked for, each with the gradient that was there before."""
+    pairs = zip(indexes, before, strict=True)
+    return [results[i] if earlier is None else results[i] + earlier for i, earlier in pairs]
+
+
+def layer(x, W, bn, stride: int = 1, shortcut=None):
+    inputs = (x, W, bn.gamma, bn.beta) + (() if shortcut is None else (shortcut,))
+    trains = chainer.config.train
+    if (
+        not _fits(*inputs)
+        or W.shape[2:] != (primitives.KERNEL,) * 2
+        or (chainer.config.enable_backprop and not trains)
+    ):
+        return stock.layer(x, W, bn, stride, shortcut)
+    if trains:
+        return _Layer(bn, stride).apply(inputs)[0]
+    x, w, gamma, beta, *added = (getattr(v, "array", v) for v in inputs)
+    x, w = _channels_last(x), np.ascontiguousarray(w)
+    y = primitives.convolution(x.shape, len(w), stride).forward(x, w)
+    scale = gamma / np.sqrt(bn.avg_var + np.float32(bn.eps))
+    _finish(y, scale, beta - bn.avg_mean * scale, added, y)
+    return chainer.as_variable(y)
+
+
+def _finish(h, scale, shift, shortcut, y) -> None:
+    """y = relu(h * scale + shift [+ A(shortcut)])."""
+    rows = _rows(h)
+    scale, shift = _along(rows, scale, shift)
     if shortcut:
-        y += _widen(shortcut[0], x.shape)
-    return y
+        added = _rows(_widen(shortcut[0], h.shape))
+        kernels.scale_shift_add_relu(rows, scale, shift, added, _rows(y))
+    else:
+        kernels.scale_shift_relu(rows, scale, shift, _rows(y))
 
 
 def _widen(shortcut: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -220,7 +259,7 @@ def _widen(shortcut: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if shortcut.shape == shape:
         return _channels_last(shortcut)
     y = np.zeros((shape[0], *shape[2:], shape[1]), np.float32).transpose(0, 3, 1, 2)
-    step = shortcut.shape[2] // shape[2]
+    step = -(-shortcut.shape[2] // shape[2])
     y[:, : shortcut.shape[1]] = shortcut[:, :, ::step, ::step]
     return y
 
@@ -231,22 +270,9 @@ def _shortcut_gradient(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return g
     n, c, h, w = shape
     gx = np.zeros((n, h, w, c), np.float32).transpose(0, 3, 1, 2)
-    step = h // g.shape[2]
+    step = -(-h // g.shape[2])
     gx[:, :, ::step, ::step] = g[:, :c]
     return gx
-
-
-def normalize(x, bn, shortcut=None, relu: bool = True):
-    inputs = (x, bn.gamma, bn.beta) + (() if shortcut is None else (shortcut,))
-    trains = chainer.config.train
-    if not _fits(*inputs) or (chainer.config.enable_backprop and not trains):
-        return stock.normalize(x, bn, shortcut, relu)
-    if trains:
-        return _Normalize(bn, relu).apply(inputs)[0]
-    scale = bn.gamma.array / np.sqrt(bn.avg_var + np.float32(bn.eps))
-    shift = bn.beta.array - bn.avg_mean * scale
-    arrays = [getattr(v, "array", v) for v in (x, *inputs[3:])]
-    return chainer.as_variable(_apply(_channels_last(arrays[0]), scale, shift, arrays[1:], relu))
 
 
 class _AddReLU(_Node):
@@ -258,19 +284,95 @@ class _AddReLU(_Node):
     def forward(self, inputs):
         self.retain_inputs((0, 1))
         x, shortcut = inputs
-        one, zero = np.ones(x.shape[1], np.float32), np.zeros(x.shape[1], np.float32)
-        self.y = _apply(_channels_last(x), one, zero, [shortcut], True)
-        self.shortcut_shape = shortcut.shape
+        self.y = primitives.empty(x.shape)
+        added = _widen(shortcut, x.shape)
+        kernels.add_relu(_rows(_channels_last(x)), _rows(added), _rows(self.y))
         return (self.y,)
 
-    def gradients(self, indexes, gy):
+    def gradients(self, indexes, gy, before):
         g = primitives.empty(gy.shape)
-        kernels.masked(_pixels(gy), _pixels(self.y), _pixels(g))
-        results = [g, _shortcut_gradient(g, self.shortcut_shape)]
-        return [results[i] for i in indexes]
+        kernels.masked(_rows(gy), _rows(self.y), _rows(g))
+        shape = self.get_retained_inputs()[1].shape
+        results = (g, _shortcut_gradient(g, shape))
+        return _added(indexes, results, before)
 
 
 def add_relu(x, shortcut):
     if not _fits(x, shortcut):
         return stock.add_relu(x, shortcut)
     return _AddReLU().apply((x, shortcut))[0]
+
+
+class _FlatMomentumSGD(optimizers.MomentumSGD):
+    """Chainer's momentum SGD with weight decay, in one pass over all parameters.
+
+    Parameters and velocities stay what and where they are for everyone else, but as views of two
+    flat arrays.
+    """
+
+    def __init__(self, momentum: float, weight_decay: float) -> None:
+        super().__init__(momentum=momentum)
+        self.weight_decay = weight_decay
+        self._parts: list[tuple[chainer.Parameter, slice | None]] = []
+
+    def update(self, lossfun=None, *args, **kwds):
+        if lossfun is not None:
+            loss = lossfun(*args, **kwds)
+            self.target.cleargrads()
+            loss.backward()
+        self.reallocate_cleared_grads()
+        self.call_hooks("pre")
+        self.t += 1
+        if not self._is_flat():
+            self._flatten()
+        for parameter, part in self._parts:
+            if part is not None:
+                self._gradients[part] = parameter.grad.ravel()
+        kernels.momentum_step(
+            self._values,
+            self._gradients,
+            self._velocities,
+            np.float32(self.lr),
+            np.float32(self.momentum),
+            np.float32(self.weight_decay),
+        )
+        self.call_hooks("post")
+
+    def _is_flat(self) -> bool:
+        """Whether what is trained, and nothing else, is where ``_flatten`` has put it."""
+        return bool(self._parts) and all(
+            not parameter.update_rule.enabled
+            if part is None
+            else parameter.update_rule.enabled
+            and parameter.array.base is self._values
+            and parameter.update_rule.state["v"].base is self._velocities
+            for parameter, part in self._parts
+        )
+
+    def _flatten(self) -> None:
+        parameters = [parameter for _, parameter in sorted(self.target.namedparams())]
+        size = sum(p.size for p in parameters if p.update_rule.enabled)
+        self._values, self._gradients, self._velocities = (
+            np.zeros(size, np.float32) for _ in range(3)
+        )
+        self._parts, end = [], 0
+        for parameter in parameters:
+            rule = parameter.update_rule
+            if not rule.enabled:
+                self._parts.append((parameter, None))
+                continue
+            part = slice(end, end := end + parameter.size)
+            if rule.state is None:
+                rule._init_states(parameter)  # as its own first update would
+            shape = parameter.shape
+            self._values[part] = parameter.array.ravel()
+            self._velocities[part] = rule.state["v"].ravel()
+            parameter.array = self._values[part].reshape(shape)
+            rule.state["v"] = self._velocities[part].reshape(shape)
+            self._parts.append((parameter, part))
+
+
+def momentum_sgd(network, momentum: float, weight_decay: float):
+    if not _fits(*network.params()):
+        return stock.momentum_sgd(network, momentum, weight_decay)
+    return _FlatMomentumSGD(momentum, weight_decay).setup(network)

@@ -21,11 +21,9 @@ def convolution(x, W, stride: int = 1):
     return F.convolution_2d(x, W, stride=stride, pad=1)
 
 
-def normalize(x, bn: L.BatchNormalization, shortcut=None, relu: bool = True):
-    y = bn(x)
-    if shortcut is not None:
-        y = y + as_shortcut(shortcut, y)
-    return F.relu(y) if relu else y
+def layer(x, W, bn: L.BatchNormalization, stride: int = 1, shortcut=None):
+    y = bn(convolution(x, W, stride))
+    return F.relu(y if shortcut is None else y + as_shortcut(shortcut, y))
 
 
 def add_relu(x, shortcut):
@@ -45,7 +43,7 @@ def option_a(x, channels: int, stride: int):
 
 def as_shortcut(x, like):
     """A(x): ``x`` itself, or subsampled and padded to the shape of ``like`` (option A)."""
-    return option_a(x, like.shape[1], x.shape[2] // like.shape[2])
+    return option_a(x, like.shape[1], -(-x.shape[2] // like.shape[2]))
 
 
 def pool(x, side: int):
