@@ -17,10 +17,12 @@ _compile = numba.njit(parallel=True, cache=True, fastmath={"contract", "reassoc"
 
 
 @_compile
-def partial_moments(x, parts):
-    """Mean and sum of squared deviations of each chunk of rows, into parts (chunks, 2, C)."""
+def partial_moments(x):
+    """Mean and sum of squared deviations of each chunk of rows, float32 (chunks, 2, C)."""
     rows, channels = x.shape
-    for k in numba.prange(len(parts)):
+    chunks = (rows + CHUNK - 1) // CHUNK
+    parts = np.zeros((chunks, 2, channels), np.float32)
+    for k in numba.prange(chunks):
         first = x[k * CHUNK]
         total = np.zeros(channels, np.float32)  # of its own: nothing can alias it
         square = np.zeros(channels, np.float32)
@@ -42,26 +44,64 @@ def partial_moments(x, parts):
         for c in range(channels):
             parts[k, 0, c] = first[c] + total[c] / count
             parts[k, 1, c] = max(square[c] - total[c] * total[c] / count, np.float32(0))
+    return parts
 
 
 @numba.njit(cache=True)
-def moments(parts, counts):
-    """Mean and (biased) variance of every channel, float32 (C,), from parts (K, 2, C).
-
-    ``counts`` are the numbers of values behind the parts, (K,).
-    """
-    channels = parts.shape[2]
+def moments(parts, rows, channels):
+    """Mean and (biased) variance of every channel, float32 (C,), from the parts of ``rows``."""
     mean = np.zeros(channels, np.float64)
     squares = np.zeros(channels, np.float64)
     seen = 0
-    for k in range(len(parts)):  # Chan's formula: count, mean and squares of all rows so far
-        count = counts[k]
-        for c in range(channels):
-            step = parts[k, 0, c] - mean[c]
-            mean[c] += step * count / (seen + count)
-            squares[c] += parts[k, 1, c] + step * step * seen * count / (seen + count)
-        seen += count
+    for k in range(len(parts)):  # Chan's formula: count, mean and squares of all values so far
+        count = min(CHUNK, rows - k * CHUNK)
+        for pixel in range(0, parts.shape[2], channels):
+            for c in range(channels):
+                step = parts[k, 0, pixel + c] - mean[c]
+                mean[c] += step * count / (seen + count)
+                squares[c] += parts[k, 1, pixel + c] + step * step * seen * count / (seen + count)
+            seen += count
     return mean.astype(np.float32), (squares / seen).astype(np.float32)
+
+
+@numba.njit(cache=True)
+def scale_and_shift(mean, var, gamma, beta, eps, width):
+    """BN(x) = x * scale + shift; also mean and 1 / deviation. Float32 (width,), repeated."""
+    channels = len(mean)
+    values = np.empty((4, width), np.float32)
+    for c in range(width):
+        k = c % channels
+        deviation = np.float32(1) / np.sqrt(var[k] + eps)
+        scale = gamma[k] * deviation
+        values[0, c] = scale
+        values[1, c] = beta[k] - mean[k] * scale
+        values[2, c] = mean[k]
+        values[3, c] = deviation
+    return values
+
+
+@numba.njit(cache=True)
+def input_coefficients(parts, scale, mean, deviation, count, channels):
+    """From the gradient's sums those of gamma and beta (C,), and what the input's is made of.
+
+    gx = factor * g + slope * x + offset is gamma / s * (g - avg(g) - xhat * avg(g * xhat)) with
+    xhat = (x - mean) / s; the three come as one float32 (3, width).
+    """
+    sums = np.zeros((2, channels), np.float64)
+    for k in range(len(parts)):
+        for i in range(2):
+            for pixel in range(0, parts.shape[2], channels):
+                for c in range(channels):
+                    sums[i, c] += parts[k, i, pixel + c]
+    gbeta = sums[0].astype(np.float32)
+    ggamma = sums[1].astype(np.float32) * deviation[:channels]
+    values = np.empty((3, len(scale)), np.float32)
+    for c in range(len(scale)):
+        k = c % channels
+        values[0, c] = scale[c]
+        values[1, c] = -scale[c] * ggamma[k] * deviation[c] / count
+        values[2, c] = -scale[c] * gbeta[k] / count - values[1, c] * mean[c]
+    return ggamma, gbeta, values
 
 
 @_compile

@@ -108,11 +108,6 @@ def _rows(x: np.ndarray) -> np.ndarray:
     return x.transpose(0, 2, 3, 1).reshape(-1, joined * channels)
 
 
-def _along(rows: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
-    """What belongs to a channel, repeated for the pixels that a row joins."""
-    return [np.tile(v, rows.shape[1] // len(v)) for v in values]
-
-
 class _Node(function_node.FunctionNode):
     """A node whose first-order gradients are arrays; higher orders go through Chainer's own."""
 
@@ -149,50 +144,43 @@ class _Layer(_Node):
         self.x = _channels_last(x)
         self.convolution = primitives.convolution(x.shape, len(w), self.stride)
         self.h = self.convolution.forward(self.x, np.ascontiguousarray(w))
-        self.mean, var = _moments(self.h)
-        self.deviation = np.float32(1) / np.sqrt(var + np.float32(self.bn.eps))
-        self._update_averages(self.h.size // len(w), var)
-        self.scale = gamma * self.deviation
-        self.shift = beta - self.mean * self.scale
+        rows = _rows(self.h)
+        mean, var = kernels.moments(kernels.partial_moments(rows), len(rows), len(w))
+        self._update_averages(self.h.size // len(w), mean, var)
+        self.normalization = _scale_and_shift(self.h, mean, var, gamma, beta, self.bn.eps)
         y = primitives.empty(self.h.shape)
-        _finish(self.h, self.scale, self.shift, shortcut, y)
+        _finish(self.h, self.normalization, shortcut, y)
         if shortcut:  # otherwise its mask is computed again: to read y costs more
             self.y = y
         return (y,)
 
-    def _update_averages(self, count: int, var: np.ndarray) -> None:
+    def _update_averages(self, count: int, mean: np.ndarray, var: np.ndarray) -> None:
         # As chainer.functions.batch_normalization does, with the unbiased variance.
         bn = self.bn
         bn.avg_mean *= bn.decay
-        bn.avg_mean += (1 - bn.decay) * self.mean
+        bn.avg_mean += (1 - bn.decay) * mean
         bn.avg_var *= bn.decay
         bn.avg_var += (1 - bn.decay) * (count / max(count - 1.0, 1.0)) * var
 
     def gradients(self, indexes, gy, before):
-        _, w, gamma, _, *shortcut = (v.array for v in self.get_retained_inputs())
+        _, w, _, _, *shortcut = (v.array for v in self.get_retained_inputs())
         h, g = _rows(self.h), _rows(gy)
-        (mean,) = _along(h, self.mean)
+        scale, shift, mean, deviation = self.normalization
         if shortcut:
             before_relu = primitives.empty(gy.shape)
             parts = kernels.masked_gradient_sums(h, g, _rows(self.y), mean, _rows(before_relu))
             gy, g = before_relu, _rows(before_relu)
         else:
-            own = _along(h, self.scale, self.shift)
-            parts = kernels.gradient_sums(h, g, *own, mean)
-        sums = parts.sum(axis=0, dtype=np.float64).reshape(2, -1, len(gamma)).sum(axis=1)
-        gbeta, product = sums.astype(np.float32)
-        ggamma = product * self.deviation
-        # gh = gamma / s * (g - mean(g) - xhat * mean(g * xhat)), xhat = (h - mean) / s
-        count = np.float32(self.h.size // len(gamma))
-        factor = gamma * self.deviation
-        slope = -factor * ggamma * self.deviation / count
-        offset = -factor * gbeta / count - slope * self.mean
+            parts = kernels.gradient_sums(h, g, scale, shift, mean)
+        count = np.float32(self.h.size // len(w))
+        ggamma, gbeta, coefficients = kernels.input_coefficients(
+            parts, scale, mean, deviation, count, len(w)
+        )
         gh = primitives.empty(gy.shape)
-        coefficients = _along(h, factor, slope, offset)
         if shortcut:
             kernels.input_gradient(h, g, *coefficients, _rows(gh))
         else:
-            kernels.relu_input_gradient(h, g, *own, *coefficients, _rows(gh))
+            kernels.relu_input_gradient(h, g, scale, shift, *coefficients, _rows(gh))
         results = {2: ggamma, 3: gbeta, 1: self.convolution.backward_weights(self.x, gh)}
         if indexes[0] == 0:
             results[0] = gx = self.convolution.backward_data(gh, np.ascontiguousarray(w))
@@ -205,17 +193,10 @@ class _Layer(_Node):
         return _added(indexes, results, before)
 
 
-def _moments(h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and (biased) variance of the channels of (N, C, H, W), float32 (C,)."""
-    rows, channels = _rows(h), h.shape[1]
-    chunks = -(-len(rows) // kernels.CHUNK)
-    joined = rows.shape[1] // channels
-    parts = np.empty((chunks, 2, rows.shape[1]), np.float32)
-    kernels.partial_moments(rows, parts)
-    counts = np.full((chunks, joined), kernels.CHUNK)
-    counts[-1] = len(rows) - kernels.CHUNK * (chunks - 1)
-    parts = parts.reshape(chunks, 2, joined, channels).transpose(0, 2, 1, 3)
-    return kernels.moments(np.ascontiguousarray(parts).reshape(-1, 2, channels), counts.ravel())
+def _scale_and_shift(h, mean, var, gamma, beta, eps) -> np.ndarray:
+    """scale, shift, mean and 1 / deviation, each repeated for the pixels that a row joins."""
+    width = _rows(h).shape[1]
+    return kernels.scale_and_shift(mean, var, gamma, beta, np.float32(eps), width)
 
 
 def _added(indexes, results, before) -> list[np.ndarray]:
@@ -238,20 +219,19 @@ def layer(x, W, bn, stride: int = 1, shortcut=None):
     x, w, gamma, beta, *added = (getattr(v, "array", v) for v in inputs)
     x, w = _channels_last(x), np.ascontiguousarray(w)
     y = primitives.convolution(x.shape, len(w), stride).forward(x, w)
-    scale = gamma / np.sqrt(bn.avg_var + np.float32(bn.eps))
-    _finish(y, scale, beta - bn.avg_mean * scale, added, y)
+    normalization = _scale_and_shift(y, bn.avg_mean, bn.avg_var, gamma, beta, bn.eps)
+    _finish(y, normalization, added, y)
     return chainer.as_variable(y)
 
 
-def _finish(h, scale, shift, shortcut, y) -> None:
-    """y = relu(h * scale + shift [+ A(shortcut)])."""
-    rows = _rows(h)
-    scale, shift = _along(rows, scale, shift)
+def _finish(h, normalization, shortcut, y) -> None:
+    """y = relu(BN(h) [+ A(shortcut)])."""
+    scale, shift = normalization[:2]
     if shortcut:
         added = _rows(_widen(shortcut[0], h.shape))
-        kernels.scale_shift_add_relu(rows, scale, shift, added, _rows(y))
+        kernels.scale_shift_add_relu(_rows(h), scale, shift, added, _rows(y))
     else:
-        kernels.scale_shift_relu(rows, scale, shift, _rows(y))
+        kernels.scale_shift_relu(_rows(h), scale, shift, _rows(y))
 
 
 def _widen(shortcut: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
