@@ -6,6 +6,7 @@ the training images (``mean``), and attributes that say what the weights are.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,12 +46,15 @@ def save(path: Path, network: Network, description: Description, mean: np.ndarra
         description: What it is.
         mean: Per-pixel mean of the training images, float32 (3, 32, 32), in units of 0..1.
     """
-    with files.whole(path) as temporary, h5py.File(temporary, "w") as file:
+    content = io.BytesIO()  # HDF5 itself crashes the process on a full disk
+    with h5py.File(content, "w") as file:
         for key, value in asdict(description).items():
             file.attrs[key] = value
         file["mean"] = chainer.cuda.to_cpu(mean)
         for name in description.groups:
             chainer.serializers.HDF5Serializer(file.create_group(name)).save(network[name])
+    with files.whole(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def describe(path: Path) -> Description:

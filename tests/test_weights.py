@@ -1,5 +1,8 @@
 """Block weights in HDF5: what goes in comes out, and what is not ours is refused in one line."""
 
+import errno
+import resource
+
 import chainer
 import h5py
 import numpy as np
@@ -165,21 +168,21 @@ def test_blocks_of_another_network_are_refused_and_change_nothing(saved, archite
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first file", "older file there"])
-def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch, first):
+def test_a_write_that_the_disk_refuses_leaves_what_was_there(tmp_path, first):
+    """A limit on the size of files stands for a full disk; HDF5 itself would crash on either."""
     path = tmp_path / "blocks.h5"
     if not first:
         weights.save(path, trained(), describe(), MEAN)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    save = chainer.serializers.HDF5Serializer.save
-
-    def full(serializer, link):
-        if link.name == "fc":
-            raise OSError(28, "No space left on device")
-        save(serializer, link)
-
-    monkeypatch.setattr(chainer.serializers.HDF5Serializer, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        weights.save(path, network.resnet(2), describe(n=2), MEAN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            weights.save(path, network.resnet(2), describe(n=2), MEAN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG
+    assert error.value.filename == str(path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
