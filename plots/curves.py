@@ -35,7 +35,9 @@ from resnet import command, files
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-STYLES = ("-", (0, (4, 1.2)), (0, (4, 1, 1, 1)), (0, (1.2, 1)))  # and in black and white
+STYLES = (  # and in black and white: one for each of the report's depths
+    "-", (0, (4, 1.2)), (0, (4, 1, 1, 1)), (0, (1.2, 1)), (0, (6, 1, 1.2, 1, 1.2, 1)),
+)  # fmt: skip
 GREY = "0.55"
 WIDTH, HEIGHT = 7.0, 2.5  # inches; two panels of a column's width, without the legend
 LABEL = 104  # letters side by side in the legend
