@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict | None:
-    """Commit of the checkout and whether it has uncommitted changes; None outside a checkout."""
+    """Commit of the checkout and whether a tracked file was changed; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
@@ -55,6 +55,7 @@ def git_state() -> dict | None:
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root:
             return None  # installed into an environment inside some other checkout
-        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain"))}
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return None
