@@ -141,7 +141,7 @@ def test_gradients_of_gradients_are_chainers():
 
 
 def test_the_optimizer_stays_chainers_whatever_happens_between_steps(tmp_path):
-    """Weights are replaced, links frozen and thawed, the state is saved and loaded."""
+    """Weights and velocities are replaced, links frozen and thawed, the state is saved and loaded."""
 
     def trained(path):
         net = network.resnet(1)
@@ -156,6 +156,8 @@ def test_the_optimizer_stays_chainers_whatever_happens_between_steps(tmp_path):
 
         step()
         net.fc.W.array = net.fc.W.array + 1
+        step()
+        net.fc.W.update_rule.state["v"] = np.zeros_like(net.fc.W.array)
         step()
         net.conv3.disable_update()
         step()
