@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from resnet import synthetic
+from resnet import command, synthetic
 from resnet.command import InputError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -74,13 +74,14 @@ class Dataset:
     source: str
 
 
-def load(data: str | None = None) -> Dataset:
+def load(data: str | None = None, may_download: bool = True) -> Dataset:
     """Load CIFAR-10 or the embedded stand-in.
 
     Args:
         data: ``synthetic``; or the official archive, the folder ``cifar-10-batches-py`` or one
             that holds either, or a Chainer dataset root. By default ``$CHAINER_DATASET_ROOT`` or
             ``~/.chainer/dataset``, where the archive is downloaded to if it is not there.
+        may_download: Whether that is wanted; compute nodes of a cluster reach no network.
 
     Raises:
         InputError: Nothing there, damaged, not what it should be, or no network.
@@ -100,6 +101,11 @@ def load(data: str | None = None) -> Dataset:
             return read()
         root = Path(os.environ.get("CHAINER_DATASET_ROOT") or "~/.chainer/dataset").expanduser()
         read = _reader(root) if root.is_dir() else None
+        if read is None and not may_download:
+            raise InputError(
+                f"no CIFAR-10 in {root}; legal: fetch it where there is a network, "
+                "python -m resnet.cifar10, or name a copy"
+            )
         if read is None:
             archive = root / "_dl_cache" / cache_name()
             download(archive)
@@ -409,3 +415,17 @@ def _describe(path: Path) -> str:
     if start.startswith(b"\x1f\x8b") and size < SIZE:
         return f"{size:,} bytes, perhaps a truncated download"
     return f"{size:,} bytes"
+
+
+def main() -> None:
+    p = command.Parser(description=__doc__)
+    p.add_argument("data", nargs="?", metavar="PATH", help="as --data of the experiments")
+    p.add_argument("--no-download", action="store_true", help="fail when it is not there")
+    args = p.parse_args()
+    found = load(args.data, may_download=not args.no_download)
+    print(f"{found.name}: {len(found.train_y):,} training, {len(found.test_y):,} test images")
+    print(f"source: {found.source}")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import signal
 import sys
 import time
@@ -109,20 +110,33 @@ class EpochEnd:
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGINT, so that training stops between two iterations.
+    """Lets training stop between two iterations: on a signal, or when its time is over.
 
-    A second one ends the process at once.
+    A batch system or a launcher may send more than one signal; a second Ctrl-C ends the process at
+    once.
+
+    Args:
+        deadline: When the time is over, on the clock of ``time.monotonic``.
+
+    Attributes:
+        reason: Why training shall stop; None while it shall not.
     """
 
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, deadline: float = math.inf) -> None:
+        self.deadline = deadline
+        self._signal: signal.Signals | None = None
+
+    @property
+    def reason(self) -> str | None:
+        if self._signal is not None:
+            return self._signal.name
+        return "its time limit" if time.monotonic() >= self.deadline else None
 
     def __enter__(self) -> StopRequest:
-        self.signal = None
-        self._before = {
-            number: signal.signal(number, self._remember)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._signal = None
+        self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,9 +144,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: object) -> None:
-        self.signal = signal.Signals(number)
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
+        self._signal = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class UntilDone:
@@ -143,7 +156,7 @@ class UntilDone:
         self.request = request
 
     def __call__(self, trainer) -> bool:
-        return trainer.updater.iteration >= self.iterations or self.request.signal is not None
+        return trainer.updater.iteration >= self.iterations or self.request.reason is not None
 
     def get_training_length(self) -> tuple[int, str]:
         return self.iterations, "iteration"

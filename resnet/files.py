@@ -1,12 +1,17 @@
-"""Files that are either whole or not there: written beside, then renamed."""
+"""Files that are either whole or not there: written beside, then renamed; one writer a folder."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from resnet.command import InputError
 
 
 @contextlib.contextmanager
@@ -27,6 +32,35 @@ def whole(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """The right to write into ``folder``, which one process at a time has.
+
+    The system gives it back however the process ends. What an ended writer has left half
+    written is removed. Where several computers share the folder, its file system has to support
+    locks between them (NFS does; Lustre when mounted with ``flock``).
+
+    Raises:
+        InputError: Another process has it.
+    """
+    with open(folder / ".writer", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"{folder}: {file.read().strip() or 'another process'} is writing to it; "
+                "legal: wait for it, stop it, or choose another --out"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f"warning: {folder} cannot be locked ({error.strerror})", file=sys.stderr)
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+        for half in folder.glob(".*.tmp"):
+            half.unlink(missing_ok=True)
+        yield
 
 
 def write_json(path: Path, value: object) -> None:

@@ -87,6 +87,8 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
         help="go on from this snapshot (default: the newest in the run folder, if there is one)")
     add("--snapshot-interval", type=number(0), default=60, metavar="SECONDS",
         help="time between snapshots (default: %(default)s)")
+    add("--time-limit", type=number(0), default=float("inf"), metavar="SECONDS",
+        help="stop with a snapshot after so long, as on SIGTERM (default: none)")
     # fmt: on
     return p
 

@@ -75,6 +75,10 @@ class PartialTraining(Run):
     def train(self) -> None:
         """Train every stage that is not complete, and put the last one's blocks beside the log."""
         training.make_folder(self.folder)
+        with files.only_writer(self.folder):
+            self._train()
+
+    def _train(self) -> None:
         training.read_starts(self.folder, self.identity)
         if self.is_complete():
             print(f"{self.folder}: already complete")

@@ -28,6 +28,8 @@ HELD_OUT = 5000  # images of the 45k/5k split, He et al. 2015, 4.2
 WARM_UP_FROM = 18  # modules per block: He et al. 2015, 4.2, on the net of 110 layers
 UNFINISHED = 75  # exit status of a run that was asked to stop; the same command goes on
 
+STARTED = time.monotonic()  # of this process, nearly
+
 NAMES = {"plain": "plain network", "resnet": "ResNet", "resresnet": "ResResNet"}
 
 
@@ -41,6 +43,7 @@ class Setting:
         evaluation: ``test``, or ``validation`` when the dataset's test part was held out.
         device: Where to compute.
         backend: What computes, for the record.
+        deadline: When training has to stop, on the clock of ``time.monotonic``.
     """
 
     args: argparse.Namespace
@@ -48,10 +51,12 @@ class Setting:
     evaluation: str
     device: chainer.backend.Device
     backend: str
+    deadline: float = math.inf
 
 
 def prepare(args: argparse.Namespace) -> Setting:
     """Choose device and backend and load the images, as the flags say."""
+    deadline = STARTED + args.time_limit
     flags.check(args)
     device = flags.find_device(args.device)
     try:
@@ -70,7 +75,7 @@ def prepare(args: argparse.Namespace) -> Setting:
                 USAGE,
             )
         dataset, evaluation = cifar10.hold_out(dataset, HELD_OUT), "validation"
-    return Setting(args, dataset, evaluation, device, backend)
+    return Setting(args, dataset, evaluation, device, backend, deadline)
 
 
 def main(architecture: str, description: str) -> None:
@@ -129,7 +134,7 @@ class Run:
         self.warm_up = args.warmup == "on" or (args.warmup == "auto" and n >= WARM_UP_FROM)
         self.folder = args.out / f"{architecture}-{layers(n)}-seed{seed}"
         self.stream = seed  # of order and augmentation
-        self.request = extensions.StopRequest()
+        self.request = extensions.StopRequest(setting.deadline)
 
     # What a kind of training of its own changes.
 
@@ -175,6 +180,10 @@ class Run:
     def train(self) -> None:
         """Train to the end, from the newest snapshot if there is one, and save the blocks."""
         make_folder(self.folder)
+        with files.only_writer(self.folder):
+            self._train()
+
+    def _train(self) -> None:
         starts = read_starts(self.folder, self.identity)
         if self.is_complete():
             print(f"{self.folder}: already complete")
@@ -189,12 +198,11 @@ class Run:
         # A net that diverges is a result of the report: NaN is logged, not warned of.
         with self.request, np.errstate(over="ignore", invalid="ignore"):
             trainer.run(show_loop_exception_msg=False)
+            reason = self.request.reason
         path = snapshots.save(trainer)
         iteration = trainer.updater.iteration
         if iteration < self.schedule.iterations:
-            print(
-                f"stopped by {self.request.signal.name} after iteration {iteration}; wrote {path}"
-            )
+            print(f"stopped by {reason} after iteration {iteration}; wrote {path}")
             print(f"to go on: {record.command()}", flush=True)
             sys.exit(UNFINISHED)
         self._save_blocks(trainer.updater)

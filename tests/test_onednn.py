@@ -141,7 +141,7 @@ def test_gradients_of_gradients_are_chainers():
 
 
 def test_the_optimizer_stays_chainers_whatever_happens_between_steps(tmp_path):
-    """Weights and velocities are replaced, links frozen and thawed, the state is saved and loaded."""
+    """Arrays are replaced, links frozen and thawed, the state is saved and loaded."""
 
     def trained(path):
         net = network.resnet(1)

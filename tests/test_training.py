@@ -2,14 +2,19 @@
 
 import io
 import json
+import math
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import chainer
 import h5py
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from resnet import extensions, flags, network, training, weights
 from resnet.command import InputError
@@ -51,7 +56,8 @@ def finished(dataset, tmp_path, capsys):
 def test_a_run_leaves_log_blocks_snapshot_and_arguments(finished, capsys):
     folder = finished.folder
     assert folder.name == "resnet-8-seed0"
-    assert {"log", "blocks.h5", "args.json", "snapshot_iter_8.npz"} == set(os.listdir(folder))
+    visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert visible == {"log", "blocks.h5", "args.json", "snapshot_iter_8.npz"}
     log = read_log(folder)
     assert [(entry["epoch"], entry["iteration"]) for entry in log] == [(1, 3), (2, 5), (3, 8)]
     # 3 epochs of 40 images are 8 batches of 16; the rate drops at 1.5 and 2.25 epochs.
@@ -106,7 +112,7 @@ def stop_after(monkeypatch, iteration, number=signal.SIGTERM):
     monkeypatch.setattr(training.Updater, "update", interrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("iteration", [1, 5])
 def test_a_stopped_run_goes_on_to_the_same_end(
     dataset, finished, tmp_path, monkeypatch, capsys, number, iteration
@@ -130,6 +136,48 @@ def test_a_stopped_run_goes_on_to_the_same_end(
         np.testing.assert_array_equal(value, found[name], err_msg=name)
     starts = json.loads((run.folder / "args.json").read_text())["starts"]
     assert [start["iteration"] for start in starts] == [0, iteration]
+
+
+def test_a_run_whose_time_is_over_stops_and_goes_on_to_the_same_end(
+    dataset, finished, tmp_path, monkeypatch, capsys
+):
+    run = make_run(dataset, tmp_path / "stopped", "--warmup", "off")
+    update = training.Updater.update
+
+    def last(updater):
+        update(updater)
+        if updater.iteration == 4:
+            run.request.deadline = time.monotonic()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Updater, "update", last)
+        with pytest.raises(SystemExit) as stopped:
+            run.train()
+    assert stopped.value.code == training.UNFINISHED
+    assert "stopped by its time limit after iteration 4" in capsys.readouterr().out
+    run.request.deadline = math.inf
+    run.train()
+    assert read_log(run.folder) == read_log(finished.folder)
+
+
+def test_a_run_folder_has_one_writer_and_keeps_no_leftovers_of_killed_ones(dataset, tmp_path):
+    run = make_run(dataset, tmp_path)
+    run.folder.mkdir()
+    left = run.folder / ".snapshot_iter_4.npz.123.tmp"
+    left.write_bytes(b"half")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from pathlib import Path; from resnet import files\n"
+         "with files.only_writer(Path(sys.argv[1])): print(); input()", run.folder],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
+    )  # fmt: skip
+    holder.stdout.readline()
+    with pytest.raises(InputError, match=f"process {holder.pid} on .* is writing to it; legal:"):
+        run.train()
+    assert not (run.folder / "log").exists()
+    holder.kill()  # the system gives the right back
+    holder.communicate()
+    run.train()
+    assert (run.folder / "blocks.h5").exists() and not left.exists()
 
 
 def interrupted_run(dataset, out, monkeypatch, iteration=5):

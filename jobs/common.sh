@@ -1,0 +1,144 @@
+# What all jobs share: environment, checks, the walltime, the continuation. A job script says
+#
+#   . jobs/common.sh jobs/resnet20.pbs       its own name, since a batch system runs a copy of it
+#   train experiments/resnet.py --n 3        the command to bring to its end
+#
+# It needs of the batch system no more than PBS commands, so that the same file runs under Torque,
+# OpenPBS, PBS Pro, Slurm's qsub, and as 'bash jobs/resnet20.pbs' without any of them.
+# shellcheck shell=bash
+#
+# Settings, from jobs/site.sh or 'qsub -v NAME=VALUE,...'; the latter wins.
+#   PYTHON       interpreter that has the project (default: .venv/bin/python, else python3)
+#   DATA         as --data: CIFAR-10, or synthetic (default: where Chainer keeps it)
+#   OUT          folder for the run folders (default: runs)
+#   FLAGS        more flags for the command
+#   PROCESSES    processes that share a batch (default: 1); COMMUNICATOR, as --communicator
+#   LAUNCHER     what starts them (default: mpirun -np PROCESSES, nothing for one)
+#   MARGIN       seconds before the walltime at which training stops (default: 120)
+#   CONTINUE     how many continuations may follow (default: 100)
+#   QSUB         options of qsub for a continuation (default: what this job was given)
+SETTINGS="SITE PYTHON DATA OUT FLAGS PROCESSES COMMUNICATOR LAUNCHER MARGIN CONTINUE QSUB ROW"
+UNFINISHED=75 # exit status of a training that was asked to stop; the same command goes on
+
+SCRIPT=$1
+JOB=${PBS_JOBID:-${SLURM_JOB_ID:-}}
+ROW=${ROW:-${PBS_ARRAYID:-${PBS_ARRAY_INDEX:-${SLURM_ARRAY_TASK_ID:-}}}} # of an array
+PATH=${PBS_O_PATH:+$PBS_O_PATH:}$PATH # the submitter's, which OpenPBS does not hand on
+
+say() { echo "$(date '+%F %T') ${JOB:-no batch system}: $*"; }
+
+fail() {
+    say "error: $*"
+    exit 1
+}
+
+given=$(for name in $SETTINGS; do [ -z "${!name+set}" ] || printf '%s=%q\n' "$name" "${!name}"; done)
+SITE=${SITE:-jobs/site.sh}
+# shellcheck source=jobs/site.sh
+. "$SITE" || fail "SITE=$SITE: cannot be read"
+eval "$given" # a value from the command line wins over the site's
+[ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python || PYTHON=python3; }
+OUT=${OUT:-runs} PROCESSES=${PROCESSES:-1} MARGIN=${MARGIN:-120} CONTINUE=${CONTINUE:-100}
+if [ "$PROCESSES" -gt 1 ]; then
+    LAUNCHER=${LAUNCHER:-mpirun -np $PROCESSES}
+    COMMUNICATOR=${COMMUNICATOR:-naive}
+fi
+
+# A property of this job as qstat tells it: asked Resource_List.walltime
+asked() {
+    [ -n "$JOB" ] || return 0
+    # Torque and PBS Pro fold long lines; the rest of one begins with a tab.
+    qstat -f "$JOB" 2>/dev/null | awk -v name="$1 = " '
+        function show() { sub(/^[ \t]+/, "", line); if (index(line, name) == 1) print substr(line, length(name) + 1) }
+        /^\t/ && !/ = / { line = line substr($0, 2); next }
+        { show(); line = $0 }
+        END { show() }'
+}
+
+seconds() { # of [[days-]hours:]minutes:seconds, or of a plain number
+    awk -F '[-:]' '{ for (i = 1; i <= NF; i++) s = s * (i == 2 && NF == 4 ? 24 : 60) + $i } END { print s + 0 }' <<<"$1"
+}
+
+# Seconds this job may take; 0 when nobody says. Only Torque sets PBS_WALLTIME.
+LIMIT=$(seconds "${PBS_WALLTIME:-$(asked Resource_List.walltime)}")
+[ "$LIMIT" -eq 0 ] || [ "$LIMIT" -gt "$MARGIN" ] ||
+    fail "MARGIN=$MARGIN: the walltime is $LIMIT s; legal: less than that"
+
+# Compute nodes reach no network: everything must be there before the queue's time is spent.
+"$PYTHON" -c 'import resnet.compat, chainer' ||
+    fail "PYTHON=$PYTHON: cannot import the project; on the login node: make demo, or see README"
+"$PYTHON" -m resnet.cifar10 --no-download ${DATA:+"$DATA"} || fail "DATA=${DATA:-}: see above"
+
+# Run a training to its end; or it stops before the walltime, and its continuation is queued.
+train() {
+    local child status left=() stopped='' signal
+    if [ "$LIMIT" -gt 0 ]; then
+        left=(--time-limit $((LIMIT - MARGIN - SECONDS)))
+        [ "${left[1]}" -gt 0 ] || fail "MARGIN=$MARGIN: nothing is left of the walltime, $LIMIT s"
+    fi
+    say "$PYTHON $* (walltime: ${LIMIT} s)"
+    # shellcheck disable=SC2086 # LAUNCHER and FLAGS are lists of words
+    ${LAUNCHER:-} "$PYTHON" "$@" --out "$OUT" "${left[@]}" ${DATA:+--data "$DATA"} \
+        ${COMMUNICATOR:+--communicator "$COMMUNICATOR"} ${FLAGS:-} &
+    child=$!
+    # qdel, or a walltime that we did not know of. Launchers hand SIGUSR1 on, not all SIGTERM.
+    trap 'signal=1 stopped=1; kill -USR1 $child' TERM
+    while signal='' && { wait "$child"; status=$?; [ -n "$signal" ]; }; do :; done # wait again
+    trap - TERM
+    [ "$status" -ne 0 ] || return 0
+    [ "$status" -eq $UNFINISHED ] || fail "exit status $status of $*"
+    if [ -n "$stopped" ]; then
+        say "stopped by the batch system; to go on: qsub $SCRIPT"
+        exit $UNFINISHED
+    fi
+    resubmit
+}
+
+# One training of several: the row of an array job, or all of them in turn without an array.
+row() {
+    if [ -z "$ROW" ] || [ "$ROW" -eq "$rows" ]; then
+        train "$@"
+    fi
+    rows=$((rows + 1))
+}
+rows=0
+
+# Queue this job once more, with the same settings: a file, since variables with commas and spaces
+# do not survive 'qsub -v' everywhere.
+resubmit() {
+    local file name options next
+    [ -n "$JOB" ] && command -v qsub >/dev/null || exit $UNFINISHED
+    [ "$CONTINUE" -gt 0 ] || {
+        say "CONTINUE=0: no continuation; to go on: qsub $SCRIPT"
+        exit $UNFINISHED
+    }
+    CONTINUE=$((CONTINUE - 1))
+    mkdir -p "$OUT/jobs"
+    file=$OUT/jobs/$(basename "$SCRIPT" .pbs)${ROW:+-$ROW}.pbs
+    {
+        grep '^#' "$SCRIPT"
+        for name in $SETTINGS; do
+            [ -z "${!name+set}" ] || printf 'export %s=%q\n' "$name" "${!name}"
+        done
+        grep -v '^#' "$SCRIPT"
+    } >"$file"
+    options=${QSUB:-$(same_resources)}
+    # shellcheck disable=SC2086 # a list of words
+    if next=$(qsub $options "$file"); then
+        say "walltime: stopped; goes on as job $next"
+        exit 0
+    fi
+    say "walltime: stopped; no continuation: $next; to go on: qsub $SCRIPT"
+    exit $UNFINISHED
+}
+
+same_resources() {
+    local queue account resources
+    queue=$(asked queue) account=$(asked Account_Name)
+    resources=select=$(asked Resource_List.select)                                   # PBS Pro
+    [ "$resources" != select= ] || resources=nodes=$(asked Resource_List.nodes)      # Torque
+    [ -z "${SLURM_JOB_ID:-}" ] || resources=nodes=$SLURM_JOB_NUM_NODES:ppn=$SLURM_CPUS_ON_NODE
+    # One -l: of several, Slurm's qsub takes the last.
+    echo "${queue:+-q $queue} ${account:+-A $account}" \
+        "-l walltime=$(asked Resource_List.walltime),$resources"
+}

@@ -1,0 +1,187 @@
+"""The batch jobs: what each one runs, and their lives under a real batch system."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+JOBS = sorted((ROOT / "jobs").glob("*.pbs"))
+DEPTHS = {20: 3, 32: 5, 44: 7, 56: 9, 110: 18}
+WHOLE = {
+    "fig6": [f"resnet.py --n {n}" for n in DEPTHS.values()],
+    "fig9": [f"{a}.py --n {n}" for a in ("plain", "resnet", "resresnet") for n in DEPTHS.values()],
+    "partial_training": [
+        "resnet.py --n 5",
+        "partial_training.py --order top-down",
+        "partial_training.py --order bottom-up",
+    ],
+}
+
+
+def bash(job, **environment):
+    """Run a job script without a batch system."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PBS_", "SLURM_"))}
+    return subprocess.run(
+        ["bash", f"jobs/{job}.pbs"], cwd=ROOT, env={**clean, **environment},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def commands(output):
+    """The experiments that ``PYTHON=echo`` has printed in place of running them."""
+    return re.findall(r"^experiments/(.*) --out runs", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_job_runs_the_experiment_it_is_named_after(path):
+    done = bash(path.stem, PYTHON="echo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    if path.stem in WHOLE:
+        expected = WHOLE[path.stem]
+    elif match := re.fullmatch(r"([a-z]+)(\d+)", path.stem):
+        expected = [f"{match[1]}.py --n {DEPTHS[int(match[2])]}"]
+    else:
+        expected = [f"partial_training.py --order {path.stem.replace('_', '-')}"]
+    assert commands(done.stdout) == expected
+    text = path.read_text()
+    assert f"#PBS -N {path.stem}\n" in text and f"jobs/common.sh jobs/{path.name} ||" in text
+
+
+def test_there_is_a_job_for_every_network_of_the_report():
+    names = {f"{a}{depth}" for a in ("plain", "resnet", "resresnet") for depth in DEPTHS}
+    assert {path.stem for path in JOBS} == names | {"top_down", "bottom_up"} | set(WHOLE)
+
+
+@pytest.mark.parametrize("index", ["PBS_ARRAYID", "PBS_ARRAY_INDEX", "SLURM_ARRAY_TASK_ID", "ROW"])
+@pytest.mark.parametrize("row", [0, 3])
+def test_a_row_of_an_array_runs_one_training(index, row):
+    done = bash("fig9", PYTHON="echo", **{index: str(row)})
+    assert commands(done.stdout) == [WHOLE["fig9"][row]]
+
+
+def test_settings_of_the_command_line_win_over_the_sites(tmp_path):
+    site = tmp_path / "site.sh"
+    site.write_text("FLAGS='--seed 1 --runs 2'\nOUT=elsewhere\nLAUNCHER='echo launched'\n")
+    done = bash("resnet20", PYTHON="echo", SITE=str(site), OUT="runs", PROCESSES="4")
+    assert "\nlaunched echo experiments/resnet.py --n 3 --out runs --communicator naive " \
+        "--seed 1 --runs 2\n" in done.stdout  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"PYTHON": "false"}, "error: PYTHON=false: cannot import the project"),
+        ({"DATA": "/nowhere"}, "error: DATA=/nowhere: see above"),
+        ({"SITE": "/nowhere"}, "error: SITE=/nowhere: cannot be read"),
+        ({"PBS_WALLTIME": "100"}, "error: MARGIN=120: the walltime is 100 s"),
+    ],
+)
+def test_what_is_missing_is_said_before_training_starts(settings, message):
+    done = bash("resnet20", **{"PYTHON": sys.executable, **settings})
+    assert done.returncode == 1 and message in done.stdout
+    assert "experiments/" not in done.stdout
+
+
+# Under Slurm
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """The environment of a Slurm of this machine's own."""
+    missing = [name for name in ("slurmctld", "slurmd", "munged", "qsub") if not shutil.which(name)]
+    if missing or os.geteuid() != 0:
+        reason = f"{', '.join(missing)} not installed" if missing else "needs root"
+        pytest.skip(f"no batch system: {reason} (see tests/slurm.sh)")
+    folder = tmp_path_factory.mktemp("slurm")
+    script = ROOT / "tests/slurm.sh"
+    try:
+        subprocess.run([script, "up", folder], check=True, timeout=60)
+        yield {"SLURM_CONF": str(folder / "slurm.conf")}
+    finally:
+        subprocess.run([script, "down", folder], timeout=60)
+
+
+@pytest.fixture
+def cluster(slurm, tmp_path, monkeypatch):
+    """A copy of the project as its user has it on a cluster; makes its site file."""
+    for name in ("resnet", "experiments", "jobs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+
+    def site(flags, **settings):
+        settings = {"DATA": "synthetic", "PYTHON": sys.executable, **settings}
+        lines = [f"{name}='{value}'\n" for name, value in settings.items()]
+        lines.append(f"FLAGS='--backend chainer {flags}'\nexport OMP_NUM_THREADS=1\n")
+        (tmp_path / "jobs/site.sh").write_text("".join(lines))
+        return tmp_path
+
+    return site
+
+
+def submit(*words):
+    done = subprocess.run(["qsub", *words], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip().isdigit(), done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def queued():
+    done = subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s; {queued()}"
+        time.sleep(0.2)
+
+
+def output(folder, job):
+    return "".join(path.read_text() for path in sorted(folder.glob(f"*.[oe]{job}*")))
+
+
+def test_an_array_brings_a_row_each_to_its_end(cluster):
+    folder = cluster("--subset 64 --epoch 1 -b 32")
+    job = submit("-l", "nodes=1:ppn=2", "-t", "0-1", "jobs/fig6.pbs")
+    wait_for(lambda: not queued(), 120)
+    for layers in (20, 32):
+        assert (folder / f"runs/resnet-{layers}-seed0/blocks.h5").exists(), output(folder, job)
+
+
+def test_a_job_stops_before_its_walltime_and_its_continuations_finish(cluster):
+    folder = cluster("--subset 128 --epoch 5 -b 64", MARGIN=45)
+    first = submit("-l", "nodes=1:ppn=2,walltime=00:01:00", "jobs/resnet20.pbs")
+    wait_for(lambda: not queued(), 300)
+    run = folder / "runs/resnet-20-seed0"
+    said = output(folder, "")
+    assert "stopped by its time limit" in output(folder, first), said
+    assert "goes on as job" in output(folder, first)
+    assert (run / "blocks.h5").exists(), said
+    assert [entry["epoch"] for entry in json.loads((run / "log").read_text())] == list(range(1, 6))
+    starts = json.loads((run / "args.json").read_text())["starts"]
+    assert len(starts) > 1 and starts[1]["iteration"] > 0
+    assert said.count("(walltime: 60 s)") == len(starts)  # continuations are given the same
+    assert "DUE TO TIME LIMIT" not in said
+
+
+def test_a_second_job_is_refused_and_qdel_ends_the_first_for_good(cluster):
+    folder = cluster("--subset 256 --epoch 500 -b 64")
+    run = folder / "runs/resnet-20-seed0"
+    first = submit("-l", "nodes=1:ppn=2", "jobs/resnet20.pbs")
+    wait_for(lambda: (run / "log").exists(), 60)
+    second = submit("-l", "nodes=1:ppn=2", "jobs/resnet20.pbs")
+    wait_for(lambda: len(queued()) == 1, 60)
+    assert "is writing to it; legal:" in output(folder, second)
+    subprocess.run(["qdel", first], check=True)
+    wait_for(lambda: not queued(), 60)
+    said = output(folder, first)
+    assert "to go on: qsub jobs/resnet20.pbs" in said and "goes on as job" not in said
+    assert list(run.glob("snapshot_iter_*.npz"))
