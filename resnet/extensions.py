@@ -53,14 +53,18 @@ class Evaluator(training.Extension):
         self.name = name
 
     def __call__(self, trainer) -> None:
-        logits = predict(trainer.updater.optimizer.target, self.images)
-        loss = functions.softmax_cross_entropy(logits, self.images.y).array
-        correct = int((logits.argmax(axis=1) == self.images.y).sum())
+        network, processes = trainer.updater.optimizer.target, trainer.updater.processes
+        processes.average_statistics(network)
+        count = len(self.images)
+        share = self.images.part(processes.share(count))
+        loss = correct = 0.0
+        if len(share):
+            logits = predict(network, share)
+            loss = len(share) * float(functions.softmax_cross_entropy(logits, share.y).array)
+            correct = int((logits.argmax(axis=1) == share.y).sum())
+        loss, correct = processes.sum(loss, correct)
         chainer.report(
-            {
-                f"{self.name}/main/loss": float(loss),
-                f"{self.name}/main/accuracy": correct / len(self.images),
-            }
+            {f"{self.name}/main/loss": loss / count, f"{self.name}/main/accuracy": correct / count}
         )
 
 
@@ -149,14 +153,16 @@ class StopRequest:
 
 
 class UntilDone:
-    """Stop trigger: all iterations done, or a wish to stop."""
+    """Stop trigger: all iterations done, or a wish to stop in one of the processes."""
 
     def __init__(self, iterations: int, request: StopRequest) -> None:
         self.iterations = iterations
         self.request = request
 
     def __call__(self, trainer) -> bool:
-        return trainer.updater.iteration >= self.iterations or self.request.reason is not None
+        updater = trainer.updater
+        wish = updater.processes.any(self.request.reason is not None)
+        return updater.iteration >= self.iterations or wish
 
     def get_training_length(self) -> tuple[int, str]:
         return self.iterations, "iteration"
@@ -182,14 +188,23 @@ class Snapshots(training.Extension):
         self._last = time.monotonic()
 
     def __call__(self, trainer) -> None:
-        if time.monotonic() - self._last >= self.interval:
+        first = trainer.updater.processes.rank == 0  # decides for all
+        due = first and time.monotonic() - self._last >= self.interval
+        if trainer.updater.processes.any(due):
             self.save(trainer)
 
     def save(self, trainer) -> Path:
-        """Write a snapshot and remove the oldest ones beyond ``keep``."""
+        """Write a snapshot and remove the oldest ones beyond ``keep``.
+
+        All processes that train together call this; the first one writes.
+        """
+        updater = trainer.updater
+        updater.prepare_saving()
+        path = self.folder / f"snapshot_iter_{updater.iteration}.npz"
+        if updater.processes.rank > 0:
+            return path
         serializer = DictionarySerializer()
         serializer.save(trainer)
-        path = self.folder / f"snapshot_iter_{trainer.updater.iteration}.npz"
         with files.whole(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, identity=json.dumps(self.identity), **serializer.target)
         for old in self.files()[self.keep :]:

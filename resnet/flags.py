@@ -7,7 +7,7 @@ from pathlib import Path
 
 import chainer
 
-from resnet import functions
+from resnet import functions, parallel
 from resnet.command import USAGE, InputError, Parser
 
 BATCHSIZE = 128  # He et al. 2015, 4.2, and the report
@@ -81,6 +81,9 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
     add("--backend", choices=functions.BACKENDS, default="auto",
         help="what computes on the CPU: chainer, Chainer's own functions; onednn, several times "
         "faster (default: auto, the fastest that is installed)")
+    add("--communicator", choices=parallel.COMMUNICATORS,
+        help="train with all processes that mpirun has started, each with its share of the batch: "
+        "naive on CPUs, flat or pure_nccl on GPUs (default: one process)")
     add("--out", "-o", type=Path, default=Path("runs"), metavar="FOLDER",
         help="folder for the run folders (default: %(default)s)")
     add("--resume", "-r", type=Path, metavar="SNAPSHOT",
@@ -120,15 +123,19 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def find_device(name: str | None) -> chainer.backend.Device:
-    """The device of ``--device``.
+def find_device(name: str | None, local: int = 0) -> chainer.backend.Device:
+    """The device of ``--device``; of several processes on a computer each has its own GPU.
+
+    Args:
+        name: The flag's value.
+        local: Number of this process among those on its computer.
 
     Raises:
         InputError: There is no such device here.
     """
     gpus = chainer.cuda.cupy.cuda.runtime.getDeviceCount() if chainer.cuda.available else 0
     if name is None:
-        name = "0" if gpus else "cpu"
+        name = str(local % gpus) if gpus else "cpu"
     if name in ("cpu", "-1", "@numpy"):
         return chainer.get_device("@numpy")
     index = name.removeprefix("@cupy:")

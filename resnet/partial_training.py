@@ -74,23 +74,25 @@ class PartialTraining(Run):
 
     def train(self) -> None:
         """Train every stage that is not complete, and put the last one's blocks beside the log."""
-        training.make_folder(self.folder)
-        with files.only_writer(self.folder):
+        with training.only_writers(self.folder, self.setting.processes):
             self._train()
 
     def _train(self) -> None:
         training.read_starts(self.folder, self.identity)
-        if self.is_complete():
+        processes = self.setting.processes
+        if processes.agree(self.is_complete()):
             print(f"{self.folder}: already complete")
             self.report()
             return
         for stage in self.stages:
             if self.args.stage in (None, stage.number):
                 stage.train()
-        if self.stages[-1].is_complete():
-            self.join()
-            with files.whole(self.folder / "blocks.h5") as temporary:
-                shutil.copyfile(self.stages[-1].folder / "blocks.h5", temporary)
+        if processes.agree(self.stages[-1].is_complete()):
+            if processes.rank == 0:
+                self.join()
+                with files.whole(self.folder / "blocks.h5") as temporary:
+                    shutil.copyfile(self.stages[-1].folder / "blocks.h5", temporary)
+            processes.wait()
             self.report()
 
     def is_complete(self) -> bool:
@@ -186,13 +188,14 @@ class Stage(Run):
             network.freeze(self.present[:-1])
         # How far each block moves: the report's explanation of what it saw.
         trainer.extend(extensions.Distance(network), trigger=epoch_end)
-        # The log of all stages, for the plots.
-        trainer.extend(
-            lambda _: self.whole.join(),
-            name="join",
-            trigger=epoch_end,
-            priority=extensions.AFTER_LOG,
-        )
+        if self.setting.processes.rank == 0:
+            # The log of all stages, for the plots.
+            trainer.extend(
+                lambda _: self.whole.join(),
+                name="join",
+                trigger=epoch_end,
+                priority=extensions.AFTER_LOG,
+            )
 
 
 def options(args) -> dict:

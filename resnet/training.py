@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,9 +18,10 @@ import numpy as np
 from chainer import training
 from chainer.training.extensions import LogReport
 
-from resnet import cifar10, extensions, files, flags, functions, record, schedule, weights
+from resnet import cifar10, extensions, files, flags, functions, parallel, record, schedule, weights
 from resnet.command import USAGE, InputError, clock
 from resnet.network import ARCHITECTURES, DEPTHS, Network, layers
+from resnet.parallel import ALONE, Processes
 from resnet.updater import Images, Updater
 
 MOMENTUM = 0.9  # He et al. 2015, 4.2
@@ -44,6 +46,7 @@ class Setting:
         device: Where to compute.
         backend: What computes, for the record.
         deadline: When training has to stop, on the clock of ``time.monotonic``.
+        processes: Those that train together.
     """
 
     args: argparse.Namespace
@@ -52,18 +55,30 @@ class Setting:
     device: chainer.backend.Device
     backend: str
     deadline: float = math.inf
+    processes: Processes = ALONE
 
 
 def prepare(args: argparse.Namespace) -> Setting:
     """Choose device and backend and load the images, as the flags say."""
     deadline = STARTED + args.time_limit
     flags.check(args)
-    device = flags.find_device(args.device)
+    processes = parallel.join(args.communicator)
+    if args.batchsize % processes.size:
+        raise InputError(
+            f"--batchsize: found {args.batchsize}, legal for {processes.size} processes: "
+            "a multiple of their number",
+            USAGE,
+        )
+    device = flags.find_device(args.device, processes.local)
     try:
         backend = functions.use(args.backend)
     except ValueError as error:
         raise InputError(f"--backend {args.backend}: {error}", USAGE) from None
+    if processes.rank > 0:
+        processes.wait()  # the first one may have to download it
     dataset = cifar10.load(args.data)
+    if processes.rank == 0:
+        processes.wait()
     if dataset.name == "synthetic":
         print("NOTE: these are synthetic images made by this program. They are NOT CIFAR-10, and")
         print("      an accuracy on them says nothing about CIFAR-10.")
@@ -75,7 +90,7 @@ def prepare(args: argparse.Namespace) -> Setting:
                 USAGE,
             )
         dataset, evaluation = cifar10.hold_out(dataset, HELD_OUT), "validation"
-    return Setting(args, dataset, evaluation, device, backend, deadline)
+    return Setting(args, dataset, evaluation, device, backend, deadline, processes)
 
 
 def main(architecture: str, description: str) -> None:
@@ -179,13 +194,13 @@ class Run:
 
     def train(self) -> None:
         """Train to the end, from the newest snapshot if there is one, and save the blocks."""
-        make_folder(self.folder)
-        with files.only_writer(self.folder):
+        with only_writers(self.folder, self.setting.processes):
             self._train()
 
     def _train(self) -> None:
+        processes = self.setting.processes
         starts = read_starts(self.folder, self.identity)
-        if self.is_complete():
+        if processes.agree(self.is_complete()):
             print(f"{self.folder}: already complete")
             self.report()
             return
@@ -194,18 +209,24 @@ class Run:
         resumed = self._resume(trainer, snapshots)
         self._print_header(trainer.updater, resumed)
         starts.append(self._start(trainer.updater.iteration))
-        write_record(self.folder, self.identity, starts)
+        if processes.rank == 0:
+            write_record(self.folder, self.identity, starts)
         # A net that diverges is a result of the report: NaN is logged, not warned of.
         with self.request, np.errstate(over="ignore", invalid="ignore"):
             trainer.run(show_loop_exception_msg=False)
-            reason = self.request.reason
-        path = snapshots.save(trainer)
+            reason = self.request.reason or "a signal to another process"
         iteration = trainer.updater.iteration
+        # Before the first update there is nothing to keep, nor a velocity that could be saved.
+        wrote = f"; wrote {snapshots.save(trainer)}" if iteration else ""
         if iteration < self.schedule.iterations:
-            print(f"stopped by {reason} after iteration {iteration}; wrote {path}")
-            print(f"to go on: {record.command()}", flush=True)
+            print(f"stopped by {reason} after iteration {iteration}{wrote}")
+            launcher = f"mpirun -np {processes.size} " if processes.size > 1 else ""
+            print(f"to go on: {launcher}{record.command()}", flush=True)
+            processes.wait()  # a launcher may end all when one has ended
             sys.exit(UNFINISHED)
-        self._save_blocks(trainer.updater)
+        if processes.rank == 0:
+            self._save_blocks(trainer.updater)
+        processes.wait()
         self.report()
 
     def make_trainer(self) -> tuple[training.Trainer, extensions.Snapshots]:
@@ -218,7 +239,13 @@ class Run:
         images = Images(self.train_x, self.train_y, self.mean, device)
         held_out = Images(data.test_x, data.test_y, self.mean, device)
         updater = Updater(
-            optimizer, images, args.batchsize, self.schedule, self.warm_up, self.stream
+            optimizer,
+            images,
+            args.batchsize,
+            self.schedule,
+            self.warm_up,
+            self.stream,
+            self.setting.processes,
         )
         until_done = extensions.UntilDone(iterations, self.request)
         trainer = training.Trainer(updater, until_done, out=str(self.folder))
@@ -229,11 +256,12 @@ class Run:
         trainer.extend(extensions.Evaluator(held_out, self.evaluation), trigger=epoch_end)
         # What this kind of training measures besides.
         self.extend(trainer)
-        # The JSON list that plots are made from.
-        log_report = LogReport(trigger=epoch_end)
-        trainer.extend(log_report)
-        # What a person watches.
-        trainer.extend(extensions.Progress(log_report, self.evaluation, iterations))
+        if self.setting.processes.rank == 0:
+            # The JSON list that plots are made from.
+            log_report = LogReport(trigger=epoch_end)
+            trainer.extend(log_report)
+            # What a person watches.
+            trainer.extend(extensions.Progress(log_report, self.evaluation, iterations))
         # All that a killed run needs to go on.
         snapshots = extensions.Snapshots(self.folder, self.identity, args.snapshot_interval)
         trainer.extend(snapshots, name="snapshots")
@@ -288,7 +316,9 @@ class Run:
             f"# Data: {self.dataset.name}, {self.size:,} training and "
             f"{len(self.dataset.test_y):,} {self.evaluation} images"
         )
-        print(f"# Minibatch-size: {batchsize}")
+        processes = self.setting.processes
+        shared = f", {batchsize // processes.size} in each of {processes.size} processes"
+        print(f"# Minibatch-size: {batchsize}{shared if processes.size > 1 else ''}")
         print(
             f"# epoch: {plan.iterations * batchsize / self.size:.1f} ({plan.iterations:,} "
             f"iterations, {plan.name}: rate {schedule.INITIAL_RATE}, "
@@ -308,6 +338,7 @@ class Run:
             "data": self.dataset.source,
             "device": record.device_name(self.setting.device),
             "backend": self.setting.backend,
+            "processes": self.setting.processes.size,
             "versions": record.versions(),
             "git": record.git_state(),
         }
@@ -364,6 +395,19 @@ def read_starts(folder: Path, identity: dict) -> list[dict]:
 def write_record(folder: Path, identity: dict, starts: list[dict]) -> None:
     """Write args.json: what the run is, and which processes have worked on it."""
     files.write_json(folder / "args.json", {"run": identity, "starts": starts})
+
+
+@contextlib.contextmanager
+def only_writers(folder: Path, processes: Processes) -> Iterator[None]:
+    """Create ``folder`` and have the right to write into it, as ``files.only_writer`` says."""
+    if processes.rank > 0:
+        processes.wait()
+        yield
+        return
+    make_folder(folder)
+    with files.only_writer(folder):
+        processes.wait()
+        yield
 
 
 def make_folder(folder: Path) -> None:

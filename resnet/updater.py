@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import chainer
 import numpy as np
 from chainer import training
 
 from resnet import augmentation, functions, random
+from resnet.parallel import ALONE, Processes
 from resnet.schedule import WARM_UP_RATE, Schedule, WarmUp
 
 
@@ -30,6 +33,12 @@ class Images:
         """Images of the indices ``where`` without their mean, float32 in 0..1, and the labels."""
         return self.x[where] * np.float32(1 / 255) - self.mean, self.y[where]
 
+    def part(self, where: slice) -> Images:
+        """The images of ``where`` alone."""
+        part = copy.copy(self)
+        part.x, part.y = self.x[where], self.y[where]
+        return part
+
 
 class Updater(training.Updater):
     """Updates ``optimizer``'s network once per call, on batches of an endless shuffled stream.
@@ -45,6 +54,7 @@ class Updater(training.Updater):
         schedule: Rate of every iteration.
         warm_up: Whether to begin with the warm-up of He et al. 2015, 4.2.
         seed: Seed of order and augmentation.
+        processes: Those that train together; each takes its share of every batch.
     """
 
     def __init__(
@@ -55,6 +65,7 @@ class Updater(training.Updater):
         schedule: Schedule,
         warm_up: bool = False,
         seed: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
         self.optimizer = optimizer
         self.images = images
@@ -62,6 +73,7 @@ class Updater(training.Updater):
         self.schedule = schedule
         self.warm_up = WarmUp(warm_up)
         self.seed = seed
+        self.processes = processes
         self.iteration = 0
         self._orders: dict[int, object] = {}  # at most the two passes that a batch can touch
         self._reset_statistics()
@@ -104,11 +116,15 @@ class Updater(training.Updater):
         return WARM_UP_RATE if self.warm_up.active else self.schedule.rate(self.iteration)
 
     def batch(self):
-        """The coming batch, augmented: ``(x, t)``, float32 (B, 3, 32, 32) and int32 (B,)."""
+        """The coming batch, augmented: ``(x, t)``, float32 (B, 3, 32, 32) and int32 (B,).
+
+        Of several processes each has its share of the B images.
+        """
         xp = chainer.backend.get_array_module(self.images.x)
-        x, t = self.images.batch(self._indices(xp))
+        share = self.processes.share(self.batchsize)
+        x, t = self.images.batch(self._indices(xp)[share])
         place = augmentation.draw(xp, self.seed, self.iteration, self.batchsize)
-        return augmentation.crop_and_flip(x, *place), t
+        return augmentation.crop_and_flip(x, *(values[share] for values in place)), t
 
     def update(self) -> None:
         """Train on the next batch at this iteration's rate."""
@@ -118,26 +134,40 @@ class Updater(training.Updater):
         loss = functions.softmax_cross_entropy(y, t)
         network.cleargrads()
         loss.backward()
+        self.processes.average_gradients(network)
         self.optimizer.lr = self.rate()
         self.optimizer.update()
         correct = (y.array.argmax(axis=1) == t).sum()
-        self._loss += loss.array.astype(np.float64)
+        self._loss += loss.array.astype(np.float64) / self.processes.size
         self._correct += correct
         self._updates += 1
         if self.warm_up.active:
-            self.warm_up.observe(self.iteration, 1 - float(correct) / self.batchsize)
+            (correct,) = self.processes.sum(correct)
+            self.warm_up.observe(self.iteration, 1 - correct / self.batchsize)
         self.iteration += 1
 
     def statistics(self) -> dict[str, float]:
         """Mean loss and accuracy (0..1) of the batches since the last call, and the last rate."""
         updates = max(self._updates, 1)
+        loss, correct = self.processes.sum(self._loss, self._correct)
         summary = {
-            "main/loss": float(self._loss) / updates,
-            "main/accuracy": int(self._correct) / (updates * self.batchsize),
+            "main/loss": loss / updates,
+            "main/accuracy": correct / (updates * self.batchsize),
             "lr": self.optimizer.lr,
         }
         self._reset_statistics()
         return summary
+
+    def prepare_saving(self) -> None:
+        """Bring to the first of several processes what a snapshot holds; all of them call this."""
+        self.processes.average_statistics(self.optimizer.target)
+        loss, correct = self.processes.sum(self._loss, self._correct)
+        self._loss[...], self._correct[...] = loss, correct
+        self._be_first()
+
+    def _be_first(self) -> None:
+        if self.processes.rank > 0:  # the first one has the sums of all
+            self._loss[...], self._correct[...] = 0, 0
 
     def serialize(self, serializer) -> None:
         """Save or load all that the next step depends on."""
@@ -150,6 +180,7 @@ class Updater(training.Updater):
         self._loss = xp.asarray(serializer("loss", self._loss))
         self._correct = xp.asarray(serializer("correct", self._correct))
         self._updates = int(serializer("updates", self._updates))
+        self._be_first()
 
     def _reset_statistics(self) -> None:
         # Kept on the device: reading them every iteration would make the host wait for a GPU.

@@ -138,23 +138,26 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert [start["iteration"] for start in starts] == [0, iteration]
 
 
+@pytest.mark.parametrize("iteration", [0, 4])
 def test_a_run_whose_time_is_over_stops_and_goes_on_to_the_same_end(
-    dataset, finished, tmp_path, monkeypatch, capsys
+    dataset, finished, tmp_path, monkeypatch, capsys, iteration
 ):
     run = make_run(dataset, tmp_path / "stopped", "--warmup", "off")
     update = training.Updater.update
 
     def last(updater):
         update(updater)
-        if updater.iteration == 4:
+        if updater.iteration == iteration:
             run.request.deadline = time.monotonic()
 
+    if iteration == 0:
+        run.request.deadline = time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(training.Updater, "update", last)
         with pytest.raises(SystemExit) as stopped:
             run.train()
     assert stopped.value.code == training.UNFINISHED
-    assert "stopped by its time limit after iteration 4" in capsys.readouterr().out
+    assert f"stopped by its time limit after iteration {iteration}" in capsys.readouterr().out
     run.request.deadline = math.inf
     run.train()
     assert read_log(run.folder) == read_log(finished.folder)
