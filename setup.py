@@ -13,6 +13,7 @@ setup(
     version=VERSION,
     description="'Residual Neural Networks for Image Recognition' (2016) in Chainer, today",
     packages=["resnet", "resnet.functions"],
+    package_data={"resnet.functions": ["kernels.cu"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "chainer==7.8.1",
@@ -23,8 +24,8 @@ setup(
     ],
     extras_require={
         "cpu": ["onednn-cpu-gomp==2023.2.0", "numba>=0.61"],
-        "gpu12": ["cupy-cuda12x>=13,<15"],
-        "gpu13": ["cupy-cuda13x>=13,<15"],
+        "gpu12": ["cupy-cuda12x>=13,<15", "nvidia-cudnn-frontend==1.22.1", "nvidia-cudnn-cu12>=9"],
+        "gpu13": ["cupy-cuda13x>=13,<15", "nvidia-cudnn-frontend==1.22.1", "nvidia-cudnn-cu13>=9"],
         "test": ["pytest>=8", "ruff==0.17.6", "torch==2.13.0"],
     },
 )

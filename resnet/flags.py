@@ -79,8 +79,11 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
     add("--device", "-d", metavar="D",
         help="cpu, or the number of a GPU (default: GPU 0 when there is one)")
     add("--backend", choices=functions.BACKENDS, default="auto",
-        help="what computes on the CPU: chainer, Chainer's own functions; onednn, several times "
-        "faster (default: auto, the fastest that is installed)")
+        help="what computes: chainer, Chainer's own functions; onednn, several times faster on a "
+        "CPU; cuda, on a GPU, never run on one yet (default: auto, onednn or chainer)")
+    add("--precision", choices=functions.PRECISIONS,
+        help="of --backend cuda: fp32; tf32, products of convolutions with 10 bits of mantissa; "
+        "fp16, activations in 16 bits (default: tf32)")
     add("--out", "-o", type=Path, default=Path("runs"), metavar="FOLDER",
         help="folder for the run folders (default: %(default)s)")
     add("--resume", "-r", type=Path, metavar="SNAPSHOT",

@@ -55,7 +55,7 @@ def prepare(args: argparse.Namespace) -> Setting:
     flags.check(args)
     device = flags.find_device(args.device)
     try:
-        backend = functions.use(args.backend)
+        backend = functions.use(args.backend, device.xp is not np, args.precision)
     except ValueError as error:
         raise InputError(f"--backend {args.backend}: {error}", USAGE) from None
     dataset = cifar10.load(args.data)
