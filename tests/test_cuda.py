@@ -397,6 +397,23 @@ def test_a_shape_without_a_plan_is_named(gpu):
         cudnn.Convolution((2, 16, 4, 4), 16, 1, "tf32").forward(*[np.zeros(1)] * 3)
 
 
+@pytest.mark.parametrize("precision", cudnn.PRECISIONS)
+@pytest.mark.parametrize("kind", [cudnn.FORWARD, cudnn.DATA, cudnn.WEIGHTS])
+def test_the_real_frontend_takes_the_graphs(monkeypatch, kind, precision):
+    """As far as it goes without a GPU: it checks and completes what they say."""
+    try:
+        cudnn.frontend()
+    except cudnn.Missing as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(cudnn, "_handle", lambda: None)
+    convolution = cudnn.Convolution((128, 16, 32, 32), 32, 2, precision)
+    graph = convolution.graph(kind)
+    graph.validate()
+    for uid, shape in convolution.shapes.items():
+        tensor = graph.query_tensor_attributes_of_uid(uid)
+        assert tuple(tensor.get_dim()) == shape and tensor.get_stride()[1] == 1
+
+
 # ---- What is missing -----------------------------------------------------------------------------
 
 

@@ -59,7 +59,11 @@ def version() -> str:
 
 
 def _cuda_version() -> int:
-    return chainer.cuda.cupy.cuda.runtime.runtimeGetVersion()
+    """Version of CUDA that CuPy is built for, such as 13000; 13000, too, without a CuPy."""
+    try:
+        return chainer.cuda.cupy.cuda.runtime.runtimeGetVersion()
+    except AttributeError:
+        return 13000
 
 
 def address(array) -> int:
@@ -142,9 +146,10 @@ class Convolution:
         arrays = {X: address(x), W: address(w), Y: address(y)}
         graph.execute(arrays, address(workspace), handle=_handle())
 
-    def _build(self, kind: str):
+    def graph(self, kind: str):
+        """The frontend's description of one convolution; nothing is built yet."""
         cudnn = frontend()
-        types, notes, modes = cudnn.data_type, cudnn.numerical_note, cudnn.heur_mode
+        types = cudnn.data_type
         values = types.HALF if self.precision == "fp16" else types.FLOAT
         graph = cudnn.pygraph(
             io_data_type=values,
@@ -154,39 +159,39 @@ class Convolution:
         )
 
         def tensor(uid: int):
-            shape = self.shapes[uid]
-            return graph.tensor(
-                dim=list(shape),
-                stride=_strides(shape),
-                data_type=values,
-                uid=uid,
-                name="xwy"[uid - 1],
-            )
+            shape = list(self.shapes[uid])
+            return graph.tensor(dim=shape, stride=_strides(shape), data_type=values, uid=uid)
 
-        names, result = {
+        inputs, result = {
             FORWARD: ({"image": X, "weight": W}, Y),
             DATA: ({"loss": Y, "filter": W}, X),
             WEIGHTS: ({"image": X, "loss": Y}, W),
         }[kind]
         output = getattr(graph, kind)(
-            **{name: tensor(uid) for name, uid in names.items()},
+            **{name: tensor(uid) for name, uid in inputs.items()},
             padding=[PAD, PAD],
             stride=[self.stride, self.stride],
             dilation=[1, 1],
         )
-        shape = self.shapes[result]
+        shape = list(self.shapes[result])
         output.set_uid(result).set_data_type(values).set_output(True)
-        output.set_dim(list(shape)).set_stride(_strides(shape))
+        output.set_dim(shape).set_stride(_strides(shape))
+        return graph
+
+    def _build(self, kind: str):
+        cudnn = frontend()
+        notes, modes = cudnn.numerical_note, cudnn.heur_mode
         # The same run must give the same bits. For that reason, too, the plan is the one that
         # cuDNN's heuristics put first, not the one that a stopwatch finds today.
         unwanted = [notes.NONDETERMINISTIC, notes.REDUCED_PRECISION_REDUCTION]
         if self.precision == "fp32":
             unwanted += [notes.TENSOR_CORE, notes.DOWN_CONVERT_INPUTS]
+        graph = self.graph(kind)
         try:
             graph.validate()
             graph.build_operation_graph()
             graph.create_execution_plans([modes.A, modes.FALLBACK])
-            graph.deselect_numeric_notes(unwanted)
+            graph.deselect_numeric_notes(unwanted)  # of the plans that are there by now
             graph.check_support()
             graph.build_plans(cudnn.build_plan_policy.HEURISTICS_CHOICE)
         except Exception as error:  # the frontend's own types, and RuntimeError
