@@ -2,6 +2,7 @@
 // runs to the next __syncthreads(), a block runs to its end before the next begins. What a kernel
 // may not rely on, the order of threads and blocks, can be turned round.
 #include <math.h>
+#include <setjmp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
@@ -23,10 +24,12 @@ struct Index {
     unsigned x;
 };
 static Index threadIdx, blockIdx, gridDim;
-static ucontext_t scheduler;
-static ucontext_t* running;
+static jmp_buf scheduler;
+static jmp_buf* running;
 
-static void __syncthreads() { swapcontext(running, &scheduler); }
+static void __syncthreads() {  // jumps, since swapcontext takes two system calls
+    if (!_setjmp(*running)) _longjmp(scheduler, 1);
+}
 static void __threadfence() {}
 static unsigned atomicAdd(unsigned* to, unsigned value) {
     *to += value;
@@ -77,43 +80,61 @@ static std::vector<Kernel> kernels = {
 
 constexpr int STACK = 32 << 10;
 struct Coroutine {
-    ucontext_t context;
-    bool finished;
+    ucontext_t start;
+    jmp_buf here;
+    bool started, finished;
 };
 static std::vector<Coroutine> threads;
 static std::vector<char> stacks;
 static std::function<void()> body;
 
 static void enter(int t) {
-    body();
-    threads[t].finished = true;
-    swapcontext(&threads[t].context, &scheduler);
+    for (;;) {  // once per block
+        body();
+        threads[t].finished = true;
+        __syncthreads();
+    }
+}
+
+static void make_threads(int count) {
+    threads.assign(count, Coroutine());
+    stacks.resize(size_t(count) * STACK);
+    for (int t = 0; t < count; ++t) {
+        ucontext_t& start = threads[t].start;
+        getcontext(&start);
+        start.uc_stack.ss_sp = stacks.data() + size_t(t) * STACK;
+        start.uc_stack.ss_size = STACK;
+        start.uc_link = nullptr;
+        makecontext(&start, reinterpret_cast<void (*)()>(enter), 1, t);
+    }
+}
+
+// Runs thread t to the next barrier or to its end.
+static __attribute__((noinline)) void resume(int t) {
+    threadIdx.x = t;
+    running = &threads[t].here;
+    if (_setjmp(scheduler)) return;
+    if (threads[t].started) _longjmp(*running, 1);
+    threads[t].started = true;
+    setcontext(&threads[t].start);
 }
 
 // Whether all threads came to each __syncthreads() together.
 static bool run_block(int count, bool reversed) {
-    threads.resize(count);
-    stacks.resize(size_t(count) * STACK);
-    for (int t = 0; t < count; ++t) {
-        Coroutine& c = threads[t];
-        c.finished = false;
-        getcontext(&c.context);
-        c.context.uc_stack.ss_sp = stacks.data() + size_t(t) * STACK;
-        c.context.uc_stack.ss_size = STACK;
-        c.context.uc_link = nullptr;
-        makecontext(&c.context, reinterpret_cast<void (*)()>(enter), 1, t);
-    }
+    if (int(threads.size()) != count) make_threads(count);
+    for (Coroutine& each : threads) each.finished = false;
     for (;;) {
         int finished = 0;
         for (int k = 0; k < count; ++k) {
             const int t = reversed ? count - 1 - k : k;
-            threadIdx.x = t;
-            running = &threads[t].context;
-            swapcontext(&scheduler, running);
+            resume(t);
             finished += threads[t].finished;
         }
         if (finished == count) return true;
-        if (finished) return false;
+        if (finished) {
+            threads.clear();
+            return false;
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 in double precision what lies at the addresses they are given, as the dimensions and strides say.
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -27,9 +28,10 @@ def library():
     folder = Path(tempfile.mkdtemp())
     names = folder / "names"
     names.write_text("".join(f"KERNEL({name})\n" for name in cuda.KERNELS))
-    words = [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared",
-             "-fPIC", "-Wall", "-Wno-unknown-pragmas", f'-DSOURCE="{cuda.SOURCE}"',
-             f'-DLIST="{names}"', HERE / "emulation.cpp", "-o", folder / "kernels.so"]  # fmt: skip
+    words = [COMPILER, "-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC",
+             "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
+             f'-DSOURCE="{cuda.SOURCE}"', f'-DLIST="{names}"',
+             HERE / "emulation.cpp", "-o", folder / "kernels.so"]  # fmt: skip
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(folder / "kernels.so"))
@@ -38,15 +40,62 @@ def library():
     return loaded
 
 
+class Stream:
+    """A stream of CuPy's: what it is given while it records is done when the recording is launched.
+
+    What NumPy computes is done at once and never again: a replay shows whether anything but kernels
+    and plans is needed.
+
+    Attributes:
+        recording: The work recorded so far, or None.
+        refuses: ``begin_capture`` or ``end_capture``, if that is to fail.
+        log: What has been asked of it.
+    """
+
+    def __init__(self, non_blocking=True) -> None:
+        self.recording: list | None = None
+        self.refuses = None
+        self.log: list[str] = []
+
+    def do(self, work) -> None:
+        if self.recording is None:
+            work()
+        else:
+            self.recording.append(work)
+
+    def use(self):
+        self.log.append("use")
+
+    def synchronize(self):
+        assert self.recording is None
+        self.log.append("synchronize")
+
+    def _ask(self, what) -> None:
+        self.log.append(what)
+        if self.refuses == what:
+            raise RuntimeError(f"CUDA refuses {what}")
+
+    def begin_capture(self):
+        self._ask("begin_capture")
+        self.recording = []
+
+    def end_capture(self):
+        recording, self.recording = self.recording, None
+        self._ask("end_capture")
+        return types.SimpleNamespace(launch=lambda stream: [work() for work in recording])
+
+
 class Module:
     """What ``cupy.RawModule`` is for the GPU.
 
     Attributes:
+        stream: The stream that everything runs on.
         reversed: Run threads and blocks from the last to the first.
         launched: Names of the kernels so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
         self.reversed = False
         self.launched: list[str] = []
 
@@ -63,10 +112,15 @@ class Module:
             sizes = (ctypes.c_int * len(boxes))(*map(ctypes.sizeof, boxes))
             pointers = (ctypes.c_void_p * len(boxes))(*map(ctypes.addressof, boxes))
             self.launched.append(name)
-            wrong = library().launch(
-                name.encode(), *grid, *block, len(boxes), sizes, pointers, self.reversed
-            )
-            assert wrong is None, f"{name}: {wrong.decode()}"
+
+            def work():
+                assert arguments  # the arrays live as long as the work may be done
+                wrong = library().launch(
+                    name.encode(), *grid, *block, len(boxes), sizes, pointers, self.reversed
+                )
+                assert wrong is None, f"{name}: {wrong.decode()}"
+
+            self.stream.do(work)
 
         return kernel
 
@@ -76,8 +130,15 @@ class Memory:
 
     GUARD = 64  # bytes on either side
 
-    def __init__(self) -> None:
-        self.buffers: list[np.ndarray] = []
+    def __init__(self, stream: Stream) -> None:
+        self.buffers: list[tuple] = []
+        pool = types.SimpleNamespace(malloc=None)
+        self.cuda = types.SimpleNamespace(
+            Stream=lambda non_blocking: stream,
+            get_current_stream=lambda: stream,
+            MemoryPool=lambda: pool,
+            using_allocator=lambda malloc: contextlib.nullcontext(),
+        )
 
     def __getattr__(self, name):
         return getattr(np, name)
@@ -176,10 +237,14 @@ class Graph:
     def execute(self, addresses, workspace, handle):
         assert len(self.done) == len(self.STEPS) and handle == self.handle == self.frontend.HANDLE
         assert workspace and self.frontend.stream is not None
-        inputs = {name: t.array(addresses[t.uid]) for name, t in self.inputs.items()}
         assert all(address % 16 == 0 for address in addresses.values())
-        out = self.output.array(addresses[self.output.uid])
-        out[...] = CONVOLUTIONS[self.kind](self.stride, out.shape, **inputs)
+
+        def work():
+            inputs = {name: t.array(addresses[t.uid]) for name, t in self.inputs.items()}
+            out = self.output.array(addresses[self.output.uid])
+            out[...] = CONVOLUTIONS[self.kind](self.stride, out.shape, **inputs)
+
+        self.frontend.work.do(work)
 
 
 def windows(x, out_shape, stride):
@@ -239,7 +304,8 @@ class Frontend:
                                    "TENSOR_CORE", "DOWN_CONVERT_INPUTS")}
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, work: Stream) -> None:
+        self.work = work
         self.graphs: list[Graph] = []
         self.stream = None
         self.unsupported = False
@@ -263,7 +329,8 @@ class Frontend:
 
 def install(monkeypatch, precision="tf32"):
     """Let the CUDA backend compute on NumPy arrays; returns its kernels, cuDNN and memory."""
-    module, frontend, memory = Module(), Frontend(), Memory()
+    stream = Stream()
+    module, frontend, memory = Module(stream), Frontend(stream), Memory(stream)
     monkeypatch.setattr(cuda, "ARRAY", np.ndarray)
     monkeypatch.setattr(cuda, "_xp", lambda: memory)
     monkeypatch.setattr(cuda, "_module", lambda: module)

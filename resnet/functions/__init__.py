@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 
-from resnet.functions import cuda, onednn, stock
+from resnet.functions import capture, cuda, onednn, stock
 from resnet.functions.cudnn import PRECISIONS
 
 BACKENDS = ("auto", "chainer", "onednn", "cuda")
@@ -122,3 +122,13 @@ def momentum_sgd(network, momentum: float, weight_decay: float):
     the attribute ``lr``, set before each step.
     """
     return _backend.momentum_sgd(network, momentum, weight_decay)
+
+
+def recorded_step(optimizer, images, **settings):
+    """A training step that is recorded once and replayed, where the backend has one, else None.
+
+    See ``capture.Step`` for the arguments and for how it is called.
+    """
+    if _backend is not cuda or not isinstance(optimizer, cuda.FlatMomentumSGD):
+        return None
+    return capture.Step(optimizer, images, **settings)

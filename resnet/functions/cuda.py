@@ -32,7 +32,7 @@ SCALE = 1024  # of float16 gradients: those of a mean over 128 images are about 
 OF_ACTIVATIONS = ("moments", "normalize", "gradient_sums", "input_gradient", "masked", "add",
                   "shortcut_gradient", "pack", "unpack", "average", "average_gradient")  # fmt: skip
 OF_FLOATS = ("fixed_moments", "linear", "linear_input_gradient", "linear_gradients",
-             "cross_entropy", "multiply", "momentum_step", "augment")  # fmt: skip
+             "cross_entropy", "multiply", "momentum_step", "augment", "finish_step")  # fmt: skip
 TYPES = {np.dtype("f4"): "float", np.dtype("f2"): "Half"}
 KERNELS = (*(f"{name}<{type}>" for name in OF_ACTIVATIONS for type in TYPES.values()), *OF_FLOATS)
 
@@ -497,8 +497,19 @@ class _FlatMomentumSGD(FlatMomentumSGD):
         rate: The rate of the coming step, float32 (1,) on the GPU.
     """
 
+    def __init__(self, momentum: float, weight_decay: float) -> None:
+        super().__init__(momentum, weight_decay)
+        self.rate = _xp().zeros(1, np.float32)
+        self._sent = 0.0
+
+    def send_rate(self) -> None:
+        """Bring ``lr`` to the GPU; a captured step reads it there."""
+        if self.lr != self._sent:
+            self.rate.fill(self.lr)
+            self._sent = self.lr
+
     def step(self) -> None:
-        self.rate.fill(self.lr)
+        self.send_rate()
         size = self.values.size
         arrays = self.values, self.gradients, self.velocities, self.rate
         numbers = float(self.momentum), float(self.weight_decay), size
@@ -510,7 +521,6 @@ class _FlatMomentumSGD(FlatMomentumSGD):
 
     def _flatten(self) -> None:
         super()._flatten()
-        self.rate = _xp().zeros(1, np.float32)
         for parameter, part in self._parts:
             gradient = None if part is None else self.gradients[part].reshape(parameter.shape)
             parameter.place_of_gradient = gradient

@@ -570,3 +570,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     if (i % pixels == 0) t[position] = labels[image];
 }
+
+// The end of a step: loss and number of right answers of a batch, added to what is there, and the
+// iteration, counted on. One block.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    finish_step(const float* y, const int* t, const float* loss, int rows, int classes,
+                double* loss_sum, long long* correct_sum, long long* iteration) {
+    __shared__ int shared[THREADS];
+    int correct = 0;
+    for (int row = threadIdx.x; row < rows; row += THREADS) {
+        const float* logits = y + row * classes;
+        int best = 0;  // the first of the largest, or the first that is no number, as in NumPy
+        for (int k = 1; k < classes; ++k) {
+            if (logits[k] > logits[best] || (isnan(logits[k]) && !isnan(logits[best]))) best = k;
+        }
+        correct += best == t[row];
+    }
+    shared[threadIdx.x] = correct;
+    sum_lanes<1>(shared, THREADS, 1);
+    if (threadIdx.x == 0) {
+        *loss_sum += *loss;
+        *correct_sum += shared[0];
+        *iteration += 1;
+    }
+}
