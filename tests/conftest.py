@@ -17,9 +17,9 @@ from resnet import cifar10, functions
 from resnet.functions import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
-BACKENDS = (("chainer", "@numpy"), ("onednn", "@numpy"), ("cuda", "@numpy"),
-            pytest.param(("cuda", "@cupy:0"), marks=pytest.mark.gpu))  # fmt: skip
-# name for functions.use, device; CUDA without a GPU: see emulation.py
+BACKENDS = [("chainer", "@numpy"), ("onednn", "@numpy"), ("cuda", "@numpy")]
+ON_GPU = [pytest.param((name, "@cupy:0"), marks=pytest.mark.gpu) for name in ("chainer", "cuda")]
+# name for functions.use, device; for CUDA without a GPU see emulation.py
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def dataset():
     return cifar10.Dataset("tiny", *images(40), *images(12), names, "made by the tests")
 
 
-@pytest.fixture(params=BACKENDS, ids="-".join)
+@pytest.fixture(params=BACKENDS + ON_GPU, ids="-".join)
 def backend(request, monkeypatch):
     """Lets each backend in turn compute, where it can run; the device its arrays live on."""
     name, device = request.param
@@ -49,6 +49,8 @@ def backend(request, monkeypatch):
         yield chainer.get_device(device)
         memory.check()
         return
+    if device != "@numpy" and not chainer.cuda.available:
+        pytest.skip("there is no GPU")
     try:
         functions.use(name, device != "@numpy", "fp32" if name == "cuda" else None)
     except ValueError as reason:
