@@ -7,6 +7,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "resnet/__init__.py").read_text()).group(1)
+FRONTEND = "nvidia-cudnn-frontend==1.22.1"  # as resnet/functions/cudnn.py says
 
 setup(
     name="chainer-residual-networks",
@@ -24,8 +25,8 @@ setup(
     ],
     extras_require={
         "cpu": ["onednn-cpu-gomp==2023.2.0", "numba>=0.61"],
-        "gpu12": ["cupy-cuda12x>=13,<15", "nvidia-cudnn-frontend==1.22.1", "nvidia-cudnn-cu12>=9"],
-        "gpu13": ["cupy-cuda13x>=13,<15", "nvidia-cudnn-frontend==1.22.1", "nvidia-cudnn-cu13>=9"],
+        "gpu12": ["cupy-cuda12x[ctk]>=13,<15", FRONTEND, "nvidia-cudnn-cu12>=9,<10"],
+        "gpu13": ["cupy-cuda13x[ctk]>=13,<15", FRONTEND, "nvidia-cudnn-cu13>=9,<10"],
         "test": ["pytest>=8", "ruff==0.17.6", "torch==2.13.0"],
     },
 )

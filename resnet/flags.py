@@ -127,7 +127,7 @@ def find_device(name: str | None) -> chainer.backend.Device:
     Raises:
         InputError: There is no such device here.
     """
-    gpus = chainer.cuda.cupy.cuda.runtime.getDeviceCount() if chainer.cuda.available else 0
+    gpus = functions.count_gpus()
     if name is None:
         name = "0" if gpus else "cpu"
     if name in ("cpu", "-1", "@numpy"):

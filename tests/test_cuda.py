@@ -5,6 +5,7 @@ this backend too. Here is what a GPU adds: the order of threads, float16, cuDNN,
 """
 
 import re
+from types import SimpleNamespace
 
 import chainer
 import emulation
@@ -13,7 +14,8 @@ import pytest
 from chainer import functions as F
 from chainer import links as L
 
-from resnet import functions, network, random
+from resnet import flags, functions, network, random
+from resnet.command import InputError
 from resnet.functions import cuda, cudnn, stock
 from resnet.updater import Images, Updater
 
@@ -28,7 +30,7 @@ def gpu(request, monkeypatch):
     precision = getattr(request, "param", "tf32")
     monkeypatch.setattr(functions, "_backend", cuda)
     module, frontend, memory = emulation.install(monkeypatch, precision)
-    yield emulation.types.SimpleNamespace(module=module, frontend=frontend)
+    yield SimpleNamespace(module=module, frontend=frontend)
     memory.check()
 
 
@@ -444,7 +446,7 @@ class WithOldCudnn:
 )
 def test_without_cudnn_one_line_says_so(monkeypatch, module, line):
     monkeypatch.setattr(functions, "_backend", functions._backend)
-    monkeypatch.setattr(chainer.cuda, "check_cuda_available", lambda: None)
+    monkeypatch.setattr(cuda, "_without_gpu", lambda: None)
     monkeypatch.setattr(cudnn, "_cuda_version", lambda: 13000)
     monkeypatch.setattr(cudnn, "_import_frontend", module)
     monkeypatch.setattr(cudnn, "frontend", cudnn.frontend.__wrapped__)
@@ -454,11 +456,29 @@ def test_without_cudnn_one_line_says_so(monkeypatch, module, line):
 
 
 def test_without_a_gpu_one_line_says_so(monkeypatch):
-    if chainer.cuda.available:
+    if cuda.count_gpus():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="CuPy or a GPU is missing") as error:
+    with pytest.raises(ValueError, match="CuPy") as error:
         functions.use("cuda")
     assert "\n" not in str(error.value)
+
+
+def test_cuda_without_a_driver_is_no_gpu(monkeypatch):
+    """CuPy imports from its wheels anywhere, and raises when it is asked for devices."""
+
+    class CUDARuntimeError(Exception):
+        pass
+
+    def count():
+        raise CUDARuntimeError("cudaErrorInsufficientDriver")
+
+    runtime = SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=count)
+    monkeypatch.setattr(chainer.cuda, "available", True)
+    monkeypatch.setattr(cuda, "_xp", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    assert cuda.count_gpus() == 0
+    assert flags.find_device(None).name == "@numpy"
+    with pytest.raises(InputError, match="no GPU was found here"):
+        flags.find_device("0")
 
 
 def test_on_a_gpu_chainers_own_functions_compute_unless_asked(monkeypatch):

@@ -12,6 +12,7 @@ import warnings
 from resnet.functions import capture, cuda, onednn, stock
 from resnet.functions.cudnn import PRECISIONS
 
+count_gpus = cuda.count_gpus
 BACKENDS = ("auto", "chainer", "onednn", "cuda")
 _backend = stock
 

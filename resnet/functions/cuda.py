@@ -11,6 +11,7 @@ Kernels are in ``kernels.cu``, built by CuPy at run time; convolutions in ``cudn
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 
 import chainer
@@ -41,16 +42,39 @@ precision = "tf32"  # one of cudnn.PRECISIONS
 
 def available() -> tuple[bool, str]:
     """Whether this backend can run here, and one line that says what it is or what is missing."""
-    try:
-        chainer.cuda.check_cuda_available()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        return False, f"CuPy or a GPU is missing ({reason}): pip install cupy-cuda13x"
+    problem = _without_gpu()
+    if problem:
+        return False, problem
     try:
         version = cudnn.version()
     except Missing as reason:
         return False, str(reason)
     return True, f"cuDNN {version}, CuPy {chainer.cuda.cupy.__version__}, {precision}"
+
+
+def count_gpus() -> int:
+    """GPUs that CuPy can compute on; 0 without CuPy, too."""
+    if not chainer.cuda.available:
+        return 0
+    try:
+        return _xp().cuda.runtime.getDeviceCount()
+    except _xp().cuda.runtime.CUDARuntimeError:  # CuPy and CUDA are here, but no driver
+        return 0
+
+
+def _without_gpu() -> str | None:
+    """Why CuPy cannot compute here, in one line, or None."""
+    if count_gpus():
+        return None
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is missing: pip install 'cupy-cuda13x[ctk]'"
+    if chainer.cuda.available:
+        return "CuPy finds no GPU or no driver"
+    try:
+        chainer.cuda.check_cuda_available()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].rpartition("#installation).")[2]
+    return f"CuPy misses libraries ({reason}): pip install 'cupy-cuda13x[ctk]', or -cuda12x"
 
 
 def describe() -> str:
