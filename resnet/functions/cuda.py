@@ -161,12 +161,12 @@ def _images(rows):
     return rows.transpose(0, 3, 1, 2)
 
 
-def _packed(x, channels: int, dtype, factor: float = 1.0):
+def _packed(x, channels: int, dtype):
     """float32 (N, C, H, W) of any strides as (N, H, W, channels), zeros appended."""
     n, c, h, w = x.shape
     y = _xp().empty((n, h, w, channels), dtype)
     strides = (stride // x.itemsize for stride in x.strides)
-    _launch_on(y, "pack", y.size, x, y, y.size, c, h, w, channels, *strides, factor)
+    _launch_on(y, "pack", y.size, x, y, y.size, c, h, w, channels, *strides)
     return y
 
 
@@ -330,23 +330,20 @@ class _Layer(_Node):
         if 0 in earlier:
             gx = xp.empty_like(self.x)
             self.convolution.backward_data(gh, self.filters, gx)
-            results[0] = _as_gradient_of(x, gx)
-            before = [None if i == 0 else b for i, b in earlier.items()]
-            _add(earlier[0], results, 0)
-        return accumulated(indexes, results, before)
+            results[0] = _sum(_as_gradient_of(x, gx), earlier[0])
+            earlier[0] = None
+        return accumulated(indexes, results, earlier.values())
 
 
-def _add(earlier, results: dict, index: int) -> None:
-    """Add to a result, which is not in use elsewhere, the gradient that was there before."""
+def _sum(gx, earlier):
+    """gx, which is not in use elsewhere, plus the gradient that was there before or None."""
     if earlier is None:
-        return
-    if earlier.dtype == _dtype() and earlier.shape[1] % _width(_dtype()) == 0:
-        total, rows = _rows(results[index]), _rows(earlier)
-        threads = rows.size // _width(rows.dtype)
-        _launch_on(rows, "add", threads, rows, total, rows.size)
-        results[index] = _images(total)
-    else:
-        results[index] = results[index] + earlier
+        return gx
+    if gx.dtype != _dtype() or gx.shape[1] % _width(_dtype()):
+        return gx + earlier
+    total, rows = _rows(gx), _rows(earlier)
+    _launch_on(rows, "add", rows.size // _width(rows.dtype), rows, total, rows.size)
+    return _images(total)
 
 
 def _with_stock(function, *variables):
@@ -366,7 +363,7 @@ class _Cast(_Node):
 
 
 def _as_float32(x):
-    if x is not None and x.dtype == np.float16:
+    if x.dtype == np.float16:
         return _Cast().apply((x,))[0]
     return x
 
@@ -515,7 +512,9 @@ def softmax_cross_entropy(y, t):
 
 
 class _FlatMomentumSGD(FlatMomentumSGD):
-    """Gradients are written straight to their places: see ``_Node.place``.
+    """Gradients are written straight to their places, and stay there until the next backward pass.
+
+    See ``_Node.place``.
 
     Attributes:
         rate: The rate of the coming step, float32 (1,) on the GPU.

@@ -381,20 +381,18 @@ __global__ void __launch_bounds__(THREADS)
 
 // ---- Between float32, channels first, and T, channels last --------------------------------------
 
-// y (N, height, width, padded) = x (N, channels, height, width) of any strides (in values),
-// multiplied by factor, with channels of zeros appended. Filters (K, C, 3, 3) likewise.
+// y (N, height, width, padded) = x (N, channels, height, width) of any strides (in values), with
+// channels of zeros appended. Filters (K, C, 3, 3) likewise.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     pack(const float* x, T* y, int size, int channels, int height, int width, int padded,
-         int stride_n, int stride_c, int stride_h, int stride_w, float factor) {
+         int stride_n, int stride_c, int stride_h, int stride_w) {
     const int i = thread();
     if (i >= size) return;
     const int c = i % padded, pixel = i / padded;
     const int w = pixel % width, h = pixel / width % height, n = pixel / width / height;
     float v = 0;
-    if (c < channels) {
-        v = x[(size_t)n * stride_n + c * stride_c + h * stride_h + w * stride_w] * factor;
-    }
+    if (c < channels) v = x[(size_t)n * stride_n + c * stride_c + h * stride_h + w * stride_w];
     y[i] = from_float<T>(v);
 }
 
