@@ -66,7 +66,13 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("make", "batchsize", "steps"), [(Small, 16, 12), (lambda: network.resnet(1), 4, 6)]
+    ("make", "batchsize", "steps"),
+    [
+        (Small, 16, 12),
+        (lambda: network.resnet(1), 4, 6),
+        (lambda: network.resresnet(1), 4, 6),
+    ],
+    ids=["one layer", "resnet", "resresnet"],
 )
 def test_replays_are_the_eager_steps_bit_for_bit(gpu, dataset, make, batchsize, steps):
     """Over drops of the rate, ends of passes and of epochs; what the log and snapshots say, too."""

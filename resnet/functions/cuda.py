@@ -324,9 +324,10 @@ class _Layer(_Node):
         filters = xp.empty_like(self.filters)
         self.convolution.backward_weights(self.x, gh, filters)
         _unpacked(filters, results[1], unscale)
-        if shortcut:
-            rows = _shortcut_gradient(g, self.shortcut.shape)
-            results[4] = _as_gradient_of(shortcut[0], rows)
+        if 4 in earlier:
+            rows = _shortcut_gradient(g, self.shortcut.shape)  # or g, which has been read by now
+            results[4] = _sum(_as_gradient_of(shortcut[0], rows), earlier[4])
+            earlier[4] = None
         if 0 in earlier:
             gx = xp.empty_like(self.x)
             self.convolution.backward_data(gh, self.filters, gx)
