@@ -9,7 +9,7 @@ PIP = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)
 DATA ?=
 CIFAR10 = $(if $(DATA),--data '$(DATA)')
 
-.PHONY: demo degradation test lint clean
+.PHONY: demo degradation test gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python experiments/resnet.py --n 3 --data synthetic --epoch 8 --out demo
@@ -24,6 +24,12 @@ degradation: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
+# On a machine with a GPU: everything that needs one, and the speed table. CUDA=12 for CUDA 12.
+CUDA ?= 13
+gpu: $(VENV)/installed-gpu$(CUDA)
+	$(BIN)/python -m pytest -m gpu -rs
+	$(BIN)/python experiments/speed.py --device 0 --n 3 9 18 -o speed-gpu
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,6 +41,10 @@ $(VENV)/installed: setup.py constraints.txt
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) --editable '.[cpu,test]'
+	touch $@
+
+$(VENV)/installed-gpu$(CUDA): $(VENV)/installed-test
+	$(PIP) --editable '.[cpu,gpu$(CUDA),test]'
 	touch $@
 
 clean:

@@ -4,11 +4,12 @@
   python experiments/speed.py --n 3 5 7 9 18 --only ours    how cost grows with depth
   python experiments/speed.py --n 3 -b 32 64 128 256 512 --only ours
   python experiments/speed.py --n 3 -o speed                speed.json and speed.md
+  python experiments/speed.py --n 3 9 18 --device 0         on a GPU, in each precision
 
 Each variant is a process of its own; they take turns, a few steps each, so that all of them meet
 the same machine. A step is forward, backward and the update of a ResNet with momentum and weight
-decay on every parameter, float32, on one batch that stays in memory: no augmentation on either
-side.
+decay on every parameter, on one batch that stays in the device's memory: no augmentation on either
+side. On the CPU all is float32; on a GPU 20 steps at a time are measured, from call to completion.
 """
 
 from __future__ import annotations
@@ -31,21 +32,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from resnet import command, files, flags, functions, record, training
+from resnet.functions.capture import EAGER, Captured
 from resnet.network import CHANNELS, layers, resnet
 
-OURS = {"ours": "onednn", "chainer": "chainer"}  # variant: backend
+OURS = {
+    "ours": ("onednn", None),
+    "chainer": ("chainer", None),
+    **{f"ours {p}": ("cuda", p) for p in functions.PRECISIONS},
+}  # variant: backend, precision
 TORCH = ("torch", "torch channels_last", "torch compile")
-VARIANTS = (*OURS, *TORCH)
+HALF = ("ours fp16", "torch amp", "torch compile amp", "torch graph amp")  # the others: float32
+ON_CPU = ("ours", "chainer", *TORCH)
+ON_GPU = ("ours fp32", "ours tf32", "ours fp16", "chainer", *TORCH, "torch graph", *HALF[1:])
+VARIANTS = tuple(dict.fromkeys(ON_CPU + ON_GPU))
 NAMES = {"ours": "this project, oneDNN", "chainer": "this project, Chainer's own functions",
+         **{f"ours {p}": f"this project, CUDA, {p}" for p in functions.PRECISIONS},
          "torch": "PyTorch", "torch channels_last": "PyTorch, channels last",
-         "torch compile": "PyTorch, channels last, torch.compile"}  # fmt: skip
+         "torch compile": "PyTorch, channels last, torch.compile",
+         "torch graph": "PyTorch, channels last, torch.compile, one CUDA graph",
+         "torch amp": "PyTorch, channels last, float16",
+         "torch compile amp": "PyTorch, channels last, float16, torch.compile",
+         "torch graph amp": "PyTorch, channels last, float16, torch.compile, one CUDA graph",
+         }  # fmt: skip
+TOGETHER = 20  # steps on a GPU between two looks at the clock: the host runs ahead of it
+SCALE = 1024  # of PyTorch's float16 loss, as of our float16 gradients
 RATE = 1e-3  # small: the same batch again and again must not blow up
 BLANK = "\N{EN DASH}"
 GEMM = 2048  # side of the matrices whose product measures the processor
 
 
-def step_of(variant: str, n: int, batchsize: int) -> Callable[[], None]:
+def step_of(variant: str, n: int, batchsize: int, device) -> tuple[Callable, Callable]:
     """A function that trains a ResNet of 6n + 2 layers on one batch once.
+
+    Returns:
+        It, and one that waits until the device has done what it was asked to.
 
     Raises:
         RuntimeError: The variant cannot run here; the message says why.
@@ -54,26 +74,34 @@ def step_of(variant: str, n: int, batchsize: int) -> Callable[[], None]:
     # Channels last in memory, as augmentation makes them.
     x = rng.standard_normal((batchsize, 32, 32, 3)).astype(np.float32).transpose(0, 3, 1, 2)
     t = rng.randint(0, 10, batchsize).astype(np.int32)
-    if variant in OURS:
-        try:
-            functions.use(OURS[variant])
-        except ValueError as error:
-            raise RuntimeError(str(error)) from None
-        network = resnet(n)
-        optimizer = functions.momentum_sgd(network, training.MOMENTUM, training.WEIGHT_DECAY)
-        optimizer.lr = RATE
+    if variant not in OURS:
+        return torch_step(variant, n, x, t, device)
+    backend, precision = OURS[variant]
+    device.use()
+    gpu = device.xp is not np
+    try:
+        functions.use(backend, gpu, precision)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from None
+    network = resnet(n)
+    network.to_device(device)
+    optimizer = functions.momentum_sgd(network, training.MOMENTUM, training.WEIGHT_DECAY)
+    optimizer.lr = RATE
+    x, t = device.send(x), device.send(t)
 
-        def step() -> None:
-            loss = functions.softmax_cross_entropy(network(x), t)
-            network.cleargrads()
-            loss.backward()
-            optimizer.update()
+    def step() -> None:
+        loss = functions.softmax_cross_entropy(network(x), t)
+        network.cleargrads()
+        loss.backward()
+        optimizer.update()
 
-        return step
-    return torch_step(variant, n, x, t)
+    if not gpu:
+        return step, lambda: None
+    wait = device.xp.cuda.runtime.deviceSynchronize
+    return (Captured(step, lambda: None) if backend == "cuda" else step), wait
 
 
-def torch_step(variant: str, n: int, x: np.ndarray, t: np.ndarray) -> Callable[[], None]:
+def torch_step(variant: str, n: int, x, t, device) -> tuple[Callable, Callable]:
     """The same in PyTorch."""
     try:
         import torch  # an extra, and only this process pays for loading it
@@ -81,46 +109,78 @@ def torch_step(variant: str, n: int, x: np.ndarray, t: np.ndarray) -> Callable[[
         from experiments.torch_network import TorchNetwork
     except ImportError:
         raise RuntimeError("PyTorch is missing: pip install torch") from None
+    gpu = device.xp is not np
+    if gpu and not torch.cuda.is_available():
+        raise RuntimeError("this PyTorch has no CUDA")
+    there = torch.device("cuda", device.device.id) if gpu else torch.device("cpu")
     torch.set_num_threads(functions.onednn.threads())
-    network = TorchNetwork("resnet", n)
-    inputs, labels = torch.as_tensor(x), torch.as_tensor(t, dtype=torch.int64)
+    torch.backends.cudnn.benchmark = True
+    network = TorchNetwork("resnet", n).to(there)
+    inputs, labels = torch.as_tensor(x).to(there), torch.as_tensor(t, dtype=torch.int64).to(there)
     if variant == "torch":
         inputs = inputs.contiguous()
     else:
         network = network.to(memory_format=torch.channels_last)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-    forward = torch.compile(network) if variant == "torch compile" else network
+    compiles = "compile" in variant or "graph" in variant
+    forward = torch.compile(network) if compiles else network
+    half = variant in HALF
+    scale = SCALE if half else 1
     optimizer = torch.optim.SGD(
-        network.parameters(), RATE, training.MOMENTUM, weight_decay=training.WEIGHT_DECAY
-    )
+        network.parameters(), RATE / scale, training.MOMENTUM, weight_decay=training.WEIGHT_DECAY,
+        fused=gpu,
+    )  # fmt: skip
 
     def step() -> None:
-        loss = torch.nn.functional.cross_entropy(forward(inputs), labels)
+        with torch.autocast(there.type, torch.float16, enabled=half):
+            loss = torch.nn.functional.cross_entropy(forward(inputs), labels)
         optimizer.zero_grad()
-        loss.backward()
+        (loss * scale if half else loss).backward()
         optimizer.step()
 
-    return step
+    if not gpu:
+        return step, lambda: None
+    return (torch_graph(step) if "graph" in variant else step), torch.cuda.synchronize
 
 
-def work(variant: str, n: int, batchsize: int) -> None:
-    """A variant's process: for each number read, so many steps and a line with their seconds."""
-    try:
-        step = step_of(variant, n, batchsize)
-        step()  # compiles, builds primitives, fills caches
+def torch_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """A step of PyTorch's as one CUDA graph."""
+    import torch
+
+    side = torch.cuda.Stream()  # the default stream cannot be recorded
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(EAGER):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         step()
+    return graph.replay
+
+
+def work(variant: str, n: int, batchsize: int, device) -> None:
+    """A variant's process: for each number read, so many measurements, and a line with them."""
+    try:
+        step, wait = step_of(variant, n, batchsize, device)
+        for _ in range(2 if device.xp is np else EAGER + 2):
+            step()  # compiles, builds primitives and plans, fills caches, records
+        wait()
     except Exception as error:  # of another library, whatever it is: this variant cannot run
         print(json.dumps({"error": str(error).strip().splitlines()[0]}), flush=True)
         return
     print(json.dumps({}), flush=True)
+    together = 1 if device.xp is np else TOGETHER
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
             begin = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - begin)
+            for _ in range(together):
+                step()
+            wait()
+            seconds.append((time.perf_counter() - begin) / together)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "together": together, "peak": peak}), flush=True)
 
 
 class Worker:
@@ -130,21 +190,23 @@ class Worker:
         variant: One of ``VARIANTS``.
         n: Modules per block.
         batchsize: Images per step.
+        device: Flag ``--device`` of the process.
     """
 
-    def __init__(self, variant: str, n: int, batchsize: int) -> None:
+    def __init__(self, variant: str, n: int, batchsize: int, device: str) -> None:
         self.variant = variant
         self.seconds: list[float] = []
         self.peak = 0.0
         words = [sys.executable, __file__, "--work", variant, "--n", str(n), "-b", str(batchsize)]
+        words += ["--device", device]
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             text=True,
         )  # fmt: skip
         self.error = self._answer().get("error")
 
-    def steps(self, count: int) -> float:
-        """Let it do ``count`` steps; returns the seconds they took."""
+    def measure(self, count: int) -> float:
+        """Let it measure ``count`` times; returns the seconds that took."""
         print(count, file=self.process.stdin, flush=True)
         answer = self._answer()
         if "error" in answer:
@@ -152,7 +214,8 @@ class Worker:
             return 0.0
         self.seconds += answer["seconds"]
         self.peak = answer["peak"]
-        return sum(answer["seconds"])
+        self.together = answer["together"]
+        return sum(answer["seconds"]) * self.together
 
     def stop(self) -> None:
         self.process.stdin.close()
@@ -187,30 +250,34 @@ def flop(n: int) -> int:
     return 2 * (3 * rest + 2 * stem)
 
 
-def measure(n: int, batchsize: int, variants: list[str], rounds: int, turn: float) -> list[dict]:
+def measure(
+    n: int, batchsize: int, variants: list[str], rounds: int, turn: float, device: str = "cpu"
+) -> list[dict]:
     """Let the variants take turns of about ``turn`` seconds; a result for each."""
     workers = []
     for variant in variants:
         print(f"# ResNet-{layers(n)}, batch {batchsize}: starting {variant}", file=sys.stderr)
-        workers.append(Worker(variant, n, batchsize))
+        workers.append(Worker(variant, n, batchsize, device))
     alive = [worker for worker in workers if worker.error is None]
     counts = {}
-    for worker in alive:  # one step each tells how many fill a turn; it is not counted
-        counts[worker.variant] = max(1, round(turn / max(worker.steps(1), 1e-3)))
+    for worker in alive:  # one each tells how many fill a turn; it is not counted
+        counts[worker.variant] = max(1, round(turn / max(worker.measure(1), 1e-3)))
         worker.seconds.clear()
     rates = []
     for k in range(rounds):
         print(f"# round {k + 1} of {rounds}", file=sys.stderr)
-        rates.append(gemm_rate(1))
+        if device == "cpu":
+            rates.append(gemm_rate(1))
         for worker in alive[k % len(alive) :] + alive[: k % len(alive)]:  # no one always first
-            worker.steps(counts[worker.variant])
+            worker.measure(counts[worker.variant])
     for worker in alive:
         worker.stop()
-    return [result(worker, n, batchsize, median(rates)) for worker in workers]
+    rate = median(rates) if rates else None
+    return [result(worker, n, batchsize, rate) for worker in workers]
 
 
-def result(worker: Worker, n: int, batchsize: int, rate: float) -> dict:
-    """What one variant has measured."""
+def result(worker: Worker, n: int, batchsize: int, rate: float | None) -> dict:
+    """What one variant has measured; ``rate`` is that of the processor's matrix product."""
     found = {"layers": layers(n), "batchsize": batchsize, "variant": worker.variant}
     if worker.error is not None:
         return {**found, "error": worker.error}
@@ -221,16 +288,20 @@ def result(worker: Worker, n: int, batchsize: int, rate: float) -> dict:
         "ms": 1000 * middle,
         "ms 10 %": 1000 * low,
         "ms 90 %": 1000 * high,
-        "steps": len(worker.seconds),
+        "steps": len(worker.seconds) * worker.together,
         "images/s": batchsize / middle,
         "peak MiB": worker.peak,
-        "of sgemm": flop(n) * batchsize / middle / rate,
-        "sgemm GFLOP/s": rate / 1e9,
+        "GFLOP/s": flop(n) * batchsize / middle / 1e9,
+        "of sgemm": rate and flop(n) * batchsize / middle / rate,
+        "sgemm GFLOP/s": rate and rate / 1e9,
     }
 
 
 def table(results: list[dict]) -> str:
-    """The results as a Markdown table, with each one's ratio to the best of PyTorch's."""
+    """The results as a Markdown table, with each one's ratio to the best of PyTorch's.
+
+    float16 is compared with float16. PyTorch's float32 may use TF32, as ``ours tf32`` does.
+    """
     head = ["Layers", "Batch", "Variant", "ms per step (10 % .. 90 %)", "Images/s",
             "Best PyTorch = 1", "Peak MiB", "Of sgemm"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
@@ -243,17 +314,21 @@ def table(results: list[dict]) -> str:
             q["images/s"]
             for q in results
             if "error" not in q
-            and q["variant"] in TORCH
+            and q["variant"] not in OURS
+            and (q["variant"] in HALF) == (r["variant"] in HALF)
             and (q["layers"], q["batchsize"]) == (r["layers"], r["batchsize"])
         ]
-        spread = f"{r['ms']:.1f} ({r['ms 10 %']:.1f} .. {r['ms 90 %']:.1f})"
+        digits = 1 if r["ms"] >= 10 else 3
+        times = (f"{r[key]:.{digits}f}" for key in ("ms", "ms 10 %", "ms 90 %"))
+        spread = "{} ({} .. {})".format(*times)
         ratio = f"{r['images/s'] / max(rivals):.2f}" if rivals else BLANK
-        numbers = [f"{r['images/s']:.0f}", ratio, f"{r['peak MiB']:.0f}", f"{r['of sgemm']:.0%}"]
+        share = BLANK if r["of sgemm"] is None else f"{r['of sgemm']:.0%}"
+        numbers = [f"{r['images/s']:.0f}", ratio, f"{r['peak MiB']:.0f}", share]
         lines.append([*label, spread, *numbers])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def conditions() -> dict:
+def conditions(device) -> dict:
     """What the measurement was made on."""
     try:
         from importlib.metadata import version
@@ -263,8 +338,9 @@ def conditions() -> dict:
         torch = None
     return {
         "processor": f"{os.cpu_count()} cores, {platform.machine()}",
+        "device": record.device_name(device),
         "threads": functions.onednn.threads(),
-        "backend": functions.use("auto"),
+        "backend": functions.use("auto", device.xp is not np),
         "versions": {**record.versions(), "torch": torch},
         "git": record.git_state(),
         "command": record.command(),
@@ -278,8 +354,10 @@ def main() -> None:
         help="modules per block (default: 3)")
     p.add_argument("--batchsize", "-b", type=flags.whole_number(1), nargs="+", default=[128],
         metavar="B", help="images per step (default: 128)")
-    p.add_argument("--only", choices=VARIANTS, nargs="+", default=VARIANTS,
-        help="measure these variants only (default: all)")
+    p.add_argument("--only", choices=VARIANTS, nargs="+",
+        help="measure these variants only (default: all that the device is for)")
+    p.add_argument("--device", "-d", default="cpu", metavar="D",
+        help="cpu, or the number of a GPU (default: cpu)")
     p.add_argument("--rounds", type=flags.whole_number(1), default=10, metavar="R",
         help="turns of every variant (default: 10)")
     p.add_argument("--turn", type=flags.number(0), default=2, metavar="SECONDS",
@@ -289,16 +367,26 @@ def main() -> None:
     p.add_argument("--work", choices=VARIANTS, help=argparse.SUPPRESS)
     # fmt: on
     args = p.parse_args()
+    device = flags.find_device(args.device)
     if args.work:
-        work(args.work, args.n[0], args.batchsize[0])
+        work(args.work, args.n[0], args.batchsize[0], device)
         return
+    possible = ON_CPU if device.xp is np else ON_GPU
+    variants = args.only or possible
+    if not set(variants) <= set(possible):
+        found = next(variant for variant in variants if variant not in possible)
+        raise command.InputError(
+            f"--only: found '{found}', legal with --device {args.device}: {', '.join(possible)}",
+            command.USAGE,
+        )
     results = []
     for n in args.n:
         for batchsize in args.batchsize:
-            results += measure(n, batchsize, list(args.only), args.rounds, args.turn)
-    made = conditions()
+            results += measure(n, batchsize, variants, args.rounds, args.turn, args.device)
+    made = conditions(device)
     text = (
-        f"Float32, {made['threads']} threads, {made['processor']}, "
+        f"{'Float32, ' if device.xp is np else ''}{made['device']}, {made['threads']} threads, "
+        f"{made['processor']}, "
         f"PyTorch {made['versions']['torch'] or 'missing'}, {made['backend']}. "
         f"Made by `{made['command']}`.\n\n{table(results)}"
     )

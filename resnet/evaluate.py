@@ -90,7 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     path = args.weights / "blocks.h5" if args.weights.is_dir() else args.weights
     device = flags.find_device(args.device)
-    functions.use()
+    functions.use(gpu=device.xp is not np)
     network, description = weights.restore(path)
     device.use()
     network.to_device(device)

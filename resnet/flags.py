@@ -79,8 +79,11 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
     add("--device", "-d", metavar="D",
         help="cpu, or the number of a GPU (default: GPU 0 when there is one)")
     add("--backend", choices=functions.BACKENDS, default="auto",
-        help="what computes on the CPU: chainer, Chainer's own functions; onednn, several times "
-        "faster (default: auto, the fastest that is installed)")
+        help="what computes: chainer, Chainer's own functions; onednn, several times faster on a "
+        "CPU; cuda, on a GPU, never run on one yet (default: auto, onednn or chainer)")
+    add("--precision", choices=functions.PRECISIONS,
+        help="of --backend cuda: fp32; tf32, products of convolutions with 10 bits of mantissa; "
+        "fp16, activations in 16 bits (default: tf32)")
     add("--communicator", choices=parallel.COMMUNICATORS,
         help="train with all processes that mpirun has started, each with its share of the batch: "
         "naive on CPUs, flat or pure_nccl on GPUs (default: one process)")
@@ -133,7 +136,7 @@ def find_device(name: str | None, local: int = 0) -> chainer.backend.Device:
     Raises:
         InputError: There is no such device here.
     """
-    gpus = chainer.cuda.cupy.cuda.runtime.getDeviceCount() if chainer.cuda.available else 0
+    gpus = functions.count_gpus()
     if name is None:
         name = str(local % gpus) if gpus else "cpu"
     if name in ("cpu", "-1", "@numpy"):

@@ -71,7 +71,7 @@ def prepare(args: argparse.Namespace) -> Setting:
         )
     device = flags.find_device(args.device, processes.local)
     try:
-        backend = functions.use(args.backend)
+        backend = functions.use(args.backend, device.xp is not np, args.precision)
     except ValueError as error:
         raise InputError(f"--backend {args.backend}: {error}", USAGE) from None
     if processes.rank > 0:

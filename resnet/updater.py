@@ -76,7 +76,23 @@ class Updater(training.Updater):
         self.processes = processes
         self.iteration = 0
         self._orders: dict[int, object] = {}  # at most the two passes that a batch can touch
-        self._reset_statistics()
+        # Kept on the device: reading them every iteration would make the host wait for a GPU.
+        xp = chainer.backend.get_array_module(images.x)
+        self._loss, self._correct = xp.zeros((), np.float64), xp.zeros((), np.int64)
+        self._updates = 0
+        self._recorded = None
+        if processes.size == 1:  # a recorded step does not meet other processes
+            self._recorded = functions.recorded_step(
+                optimizer,
+                images,
+                batchsize=batchsize,
+                seed=seed,
+                order=lambda epoch: self._order(xp, epoch),
+                padding=augmentation.PADDING,
+                purpose=random.AUGMENT,
+                loss=self._loss,
+                correct=self._correct,
+            )
 
     # What a Chainer trainer asks of an updater.
 
@@ -128,6 +144,12 @@ class Updater(training.Updater):
 
     def update(self) -> None:
         """Train on the next batch at this iteration's rate."""
+        if self._recorded and not self.warm_up.active:  # whose end the host must see
+            self.optimizer.lr = self.rate()
+            self._recorded(self.iteration)
+            self._updates += 1
+            self.iteration += 1
+            return
         x, t = self.batch()
         network = self.optimizer.target
         y = network(x)
@@ -155,7 +177,9 @@ class Updater(training.Updater):
             "main/accuracy": correct / (updates * self.batchsize),
             "lr": self.optimizer.lr,
         }
-        self._reset_statistics()
+        self._loss[...] = self._correct[...] = self._updates = 0
+        if self._recorded:
+            self._recorded.captured.check()  # extensions may have replaced weights since
         return summary
 
     def prepare_saving(self) -> None:
@@ -177,17 +201,12 @@ class Updater(training.Updater):
         self.iteration = int(serializer("iteration", self.iteration))
         self.optimizer.lr = float(serializer("lr", self.optimizer.lr))  # the last one, for the log
         xp = chainer.backend.get_array_module(self.images.x)
-        self._loss = xp.asarray(serializer("loss", self._loss))
-        self._correct = xp.asarray(serializer("correct", self._correct))
+        self._loss[...] = xp.asarray(serializer("loss", self._loss))
+        self._correct[...] = xp.asarray(serializer("correct", self._correct))
         self._updates = int(serializer("updates", self._updates))
         self._be_first()
-
-    def _reset_statistics(self) -> None:
-        # Kept on the device: reading them every iteration would make the host wait for a GPU.
-        xp = chainer.backend.get_array_module(self.images.x)
-        self._loss = xp.zeros((), np.float64)
-        self._correct = xp.zeros((), np.int64)
-        self._updates = 0
+        if self._recorded:
+            self._recorded.captured.check()
 
     def _order(self, xp, epoch: int):
         if epoch not in self._orders:

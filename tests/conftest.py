@@ -9,13 +9,17 @@ import resnet.compat  # noqa: F401 the shims come before Chainer
 
 # isort: split
 import chainer
+import emulation
 import numpy as np
 import pytest
 
 from resnet import cifar10, functions
+from resnet.functions import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
-BACKENDS = (("chainer", "@numpy"), ("onednn", "@numpy"))  # name for functions.use, device
+BACKENDS = [("chainer", "@numpy"), ("onednn", "@numpy"), ("cuda", "@numpy")]
+ON_GPU = [pytest.param((name, "@cupy:0"), marks=pytest.mark.gpu) for name in ("chainer", "cuda")]
+# name for functions.use, device; for CUDA without a GPU see emulation.py
 
 
 @pytest.fixture
@@ -32,16 +36,28 @@ def dataset():
     return cifar10.Dataset("tiny", *images(40), *images(12), names, "made by the tests")
 
 
-@pytest.fixture(params=BACKENDS, ids="-".join)
+@pytest.fixture(params=BACKENDS + ON_GPU, ids="-".join)
 def backend(request, monkeypatch):
     """Lets each backend in turn compute, where it can run; the device its arrays live on."""
     name, device = request.param
     monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
+    if (name, device) == ("cuda", "@numpy"):
+        if emulation.COMPILER is None:
+            pytest.skip("g++ is missing: it compiles the CUDA kernels for the CPU")
+        *_, memory = emulation.install(monkeypatch, "fp32")
+        functions._backend = cuda
+        yield chainer.get_device(device)
+        memory.check()
+        return
+    if device != "@numpy" and not functions.count_gpus():
+        pytest.skip("there is no GPU")
     try:
-        functions.use(name)
+        functions.use(name, device != "@numpy", "fp32" if name == "cuda" else None)
     except ValueError as reason:
         pytest.skip(str(reason))
-    return chainer.get_device(device)
+    device = chainer.get_device(device)
+    device.use()
+    yield device
 
 
 def python(*words, cwd=ROOT, **environment):

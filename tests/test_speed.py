@@ -28,6 +28,30 @@ def test_table_names_the_ratio_to_the_best_of_pytorch():
     assert "| 600 | 1.00 |" in lines[4] and "not run: no compiler" in lines[5]
 
 
+def test_float16_is_compared_with_float16():
+    rates = {"ours tf32": 400.0, "ours fp16": 900.0, "torch": 200.0, "torch graph amp": 600.0}
+    results = [
+        {"layers": 20, "batchsize": 128, "variant": variant, "ms": 128e3 / rate, "ms 10 %": 1.0,
+         "ms 90 %": 2.0, "images/s": rate, "peak MiB": 900.0, "of sgemm": None}
+        for variant, rate in rates.items()
+    ]  # fmt: skip
+    lines = speed.table(results).splitlines()
+    assert "| 400 | 2.00 |" in lines[2] and "| 900 | 1.50 |" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--only", "ours tf32"), "--only: found 'ours tf32', legal with --device cpu: ours, "),
+        (("--device", "gpu"), "--device: found 'gpu', legal: cpu"),
+    ],
+)
+def test_what_the_device_cannot_run_is_one_line(words, line):
+    done = python("experiments/speed.py", *words)
+    assert done.returncode == 2 and done.stdout == ""
+    assert line in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_measurement_from_the_command_line(tmp_path):
     words = ("--n", "1", "-b", "4", "--rounds", "2", "--turn", "0", "-o", tmp_path / "speed")
     done = python("experiments/speed.py", *words, "--only", "ours", "chainer", "torch")

@@ -9,17 +9,22 @@ from __future__ import annotations
 import os
 import warnings
 
-from resnet.functions import onednn, stock
+from resnet.functions import capture, cuda, onednn, stock
+from resnet.functions.cudnn import PRECISIONS
 
-BACKENDS = ("auto", "chainer", "onednn")
+count_gpus = cuda.count_gpus
+BACKENDS = ("auto", "chainer", "onednn", "cuda")
 _backend = stock
 
 
-def use(name: str = "auto") -> str:
+def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> str:
     """Choose what computes from here on.
 
     Args:
-        name: One of ``BACKENDS``; ``auto`` takes the fastest that is installed.
+        name: One of ``BACKENDS``; ``auto`` takes the fastest that is installed and, on a GPU,
+            Chainer's own functions until the CUDA backend has been seen to run on one.
+        gpu: Whether the arrays will be on a GPU.
+        precision: One of ``PRECISIONS``, of the CUDA backend only; None is its ``tf32``.
 
     Returns:
         One line for the header of a run: which backend computes, and why.
@@ -30,11 +35,29 @@ def use(name: str = "auto") -> str:
     global _backend
     if name not in BACKENDS:
         raise ValueError(f"found '{name}', legal: {', '.join(BACKENDS)}")
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"found precision '{precision}', legal: {', '.join(PRECISIONS)}")
+    if precision is not None and name != "cuda":
+        raise ValueError(f"has no --precision {precision}; legal: with --backend cuda")
+    if name == "cuda":
+        possible, reason = cuda.available()
+        if not possible:
+            raise ValueError(reason)
+        if not gpu:
+            raise ValueError("computes on a GPU; legal: with --device 0")
+        _backend, cuda.precision = cuda, precision or "tf32"
+        return _backend.describe()
+    if name == "onednn" and gpu:
+        raise ValueError("computes on the CPU; legal with a GPU: auto, chainer, cuda")
     possible, reason = onednn.available()
     if name == "onednn" and not possible:
         raise ValueError(reason)
-    _backend = onednn if possible and name in ("auto", "onednn") else stock
+    _backend = onednn if possible and not gpu and name != "chainer" else stock
     _backend.start()
+    if name == "auto" and gpu:
+        possible, reason = cuda.available()
+        missing = "" if possible else f"; {reason}"
+        return f"{_backend.describe()}; --backend cuda has never run on a GPU yet{missing}"
     if name == "auto" and not possible:
         return f"{_backend.describe()}; faster on a CPU with oneDNN: {reason}"
     return _backend.describe()
@@ -100,3 +123,13 @@ def momentum_sgd(network, momentum: float, weight_decay: float):
     the attribute ``lr``, set before each step.
     """
     return _backend.momentum_sgd(network, momentum, weight_decay)
+
+
+def recorded_step(optimizer, images, **settings):
+    """A training step that is recorded once and replayed, where the backend has one, else None.
+
+    See ``capture.Step`` for the arguments and for how it is called.
+    """
+    if _backend is not cuda or not isinstance(optimizer, cuda.FlatMomentumSGD):
+        return None
+    return capture.Step(optimizer, images, **settings)

@@ -12,10 +12,11 @@ import os
 
 import chainer
 import numpy as np
-from chainer import function_node, optimizers
 from chainer import functions as F
 
 from resnet.functions import primitives, stock
+from resnet.functions.flat import FlatMomentumSGD
+from resnet.functions.node import Node, accumulated
 from resnet.functions.primitives import Missing
 
 try:
@@ -108,24 +109,7 @@ def _rows(x: np.ndarray) -> np.ndarray:
     return x.transpose(0, 2, 3, 1).reshape(-1, joined * channels)
 
 
-class _Node(function_node.FunctionNode):
-    """A node whose first-order gradients are arrays; higher orders go through Chainer's own."""
-
-    def backward_accumulate(self, indexes, grad_outputs, grad_inputs):
-        if chainer.config.enable_backprop:  # gradients of gradients are wanted
-            # Behind F.identity, the gradient of one input leaves out its ways through another.
-            inputs = [F.identity(x) for x in self.get_retained_inputs()]
-            y = self.reference(*inputs)
-            wanted = [inputs[i] for i in indexes]
-            found = chainer.grad([y], wanted, [grad_outputs[0]], enable_double_backprop=True)
-            pairs = zip(found, grad_inputs, strict=True)
-            return tuple(g if before is None else g + before for g, before in pairs)
-        gy = _channels_last(grad_outputs[0].array)
-        before = [None if g is None else g.array for g in grad_inputs]
-        return tuple(map(chainer.as_variable, self.gradients(indexes, gy, before)))
-
-
-class _Layer(_Node):
+class _Layer(Node):
     """relu(BN(convolution(x, W)) + A(shortcut)) with the statistics of the batch."""
 
     def __init__(self, bn, stride: int) -> None:
@@ -164,6 +148,7 @@ class _Layer(_Node):
 
     def gradients(self, indexes, gy, before):
         _, w, _, _, *shortcut = (v.array for v in self.get_retained_inputs())
+        gy = _channels_last(gy)
         h, g = _rows(self.h), _rows(gy)
         scale, shift, mean, deviation = self.normalization
         if shortcut:
@@ -190,19 +175,13 @@ class _Layer(_Node):
             before.insert(0, None)
         if shortcut:
             results[4] = _shortcut_gradient(gy, shortcut[0].shape)
-        return _added(indexes, results, before)
+        return accumulated(indexes, results, before)
 
 
 def _scale_and_shift(h, mean, var, gamma, beta, eps) -> np.ndarray:
     """scale, shift, mean and 1 / deviation, each repeated for the pixels that a row joins."""
     width = _rows(h).shape[1]
     return kernels.scale_and_shift(mean, var, gamma, beta, np.float32(eps), width)
-
-
-def _added(indexes, results, before) -> list[np.ndarray]:
-    """The results asked for, each with the gradient that was there before."""
-    pairs = zip(indexes, before, strict=True)
-    return [results[i] if earlier is None else results[i] + earlier for i, earlier in pairs]
 
 
 def layer(x, W, bn, stride: int = 1, shortcut=None):
@@ -255,7 +234,7 @@ def _shortcut_gradient(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return gx
 
 
-class _AddReLU(_Node):
+class _AddReLU(Node):
     """relu(x + A(shortcut))."""
 
     def reference(self, x, shortcut):
@@ -271,10 +250,10 @@ class _AddReLU(_Node):
 
     def gradients(self, indexes, gy, before):
         g = primitives.empty(gy.shape)
-        kernels.masked(_rows(gy), _rows(self.y), _rows(g))
+        kernels.masked(_rows(_channels_last(gy)), _rows(self.y), _rows(g))
         shape = self.get_retained_inputs()[1].shape
         results = (g, _shortcut_gradient(g, shape))
-        return _added(indexes, results, before)
+        return accumulated(indexes, results, before)
 
 
 def add_relu(x, shortcut):
@@ -283,73 +262,16 @@ def add_relu(x, shortcut):
     return _AddReLU().apply((x, shortcut))[0]
 
 
-class _FlatMomentumSGD(optimizers.MomentumSGD):
-    """Chainer's momentum SGD with weight decay, in one pass over all parameters.
-
-    Parameters and velocities stay what and where they are for everyone else, but as views of two
-    flat arrays.
-    """
-
-    def __init__(self, momentum: float, weight_decay: float) -> None:
-        super().__init__(momentum=momentum)
-        self.weight_decay = weight_decay
-        self._parts: list[tuple[chainer.Parameter, slice | None]] = []
-
-    def update(self, lossfun=None, *args, **kwds):
-        if lossfun is not None:
-            loss = lossfun(*args, **kwds)
-            self.target.cleargrads()
-            loss.backward()
-        self.reallocate_cleared_grads()
-        self.call_hooks("pre")
-        self.t += 1
-        if not self._is_flat():
-            self._flatten()
-        for parameter, part in self._parts:
-            if part is not None:
-                self._gradients[part] = parameter.grad.ravel()
+class _FlatMomentumSGD(FlatMomentumSGD):
+    def step(self) -> None:
         kernels.momentum_step(
-            self._values,
-            self._gradients,
-            self._velocities,
+            self.values,
+            self.gradients,
+            self.velocities,
             np.float32(self.lr),
             np.float32(self.momentum),
             np.float32(self.weight_decay),
         )
-        self.call_hooks("post")
-
-    def _is_flat(self) -> bool:
-        """Whether what is trained, and nothing else, is where ``_flatten`` has put it."""
-        return bool(self._parts) and all(
-            not parameter.update_rule.enabled
-            if part is None
-            else parameter.update_rule.enabled
-            and parameter.array.base is self._values
-            and parameter.update_rule.state["v"].base is self._velocities
-            for parameter, part in self._parts
-        )
-
-    def _flatten(self) -> None:
-        parameters = [parameter for _, parameter in sorted(self.target.namedparams())]
-        size = sum(p.size for p in parameters if p.update_rule.enabled)
-        self._values, self._gradients, self._velocities = (
-            np.zeros(size, np.float32) for _ in range(3)
-        )
-        self._parts, end = [], 0
-        for parameter in parameters:
-            rule = parameter.update_rule
-            if not rule.enabled:
-                self._parts.append((parameter, None))
-                continue
-            part = slice(end, end := end + parameter.size)
-            if rule.state is None:
-                rule._init_states(parameter)  # as its own first update would
-            shape = parameter.shape
-            self._values[part] = parameter.array.ravel()
-            self._velocities[part] = rule.state["v"].ravel()
-            parameter.array = self._values[part].reshape(shape)
-            rule.state["v"] = self._velocities[part].reshape(shape)
-            self._parts.append((parameter, part))
 
 
 def momentum_sgd(network, momentum: float, weight_decay: float):

@@ -1,0 +1,170 @@
+"""The training step as a CUDA graph: recorded once, replayed from then on.
+
+A replay costs one call instead of Python's work for hundreds of kernels, and the host waits for
+nothing. All that changes from step to step is on the GPU: iteration, order of the images, rate, and
+the sums for the log.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Hashable
+
+import chainer
+import numpy as np
+
+from resnet.functions import cuda
+
+EAGER = 3  # calls before the recording: they compile kernels, build plans and fill the pool
+
+
+class Captured:
+    """A function without arguments that is recorded on its fourth call and replayed afterwards.
+
+    If it cannot be recorded, one line on stderr says why and it goes on being called.
+
+    Args:
+        function: All its work is on the GPU, on the same arrays each time.
+        signature: What must stay as it was for a recording to hold; see ``check``.
+    """
+
+    def __init__(self, function: Callable[[], None], signature: Callable[[], Hashable]) -> None:
+        cupy = cuda._xp()
+        self.function, self.signature = function, signature
+        # The default stream cannot be recorded. From here on everything is on one that can: then
+        # evaluation and snapshots need not be told to wait for a step.
+        cupy.cuda.get_current_stream().synchronize()
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream.use()
+        # Memory that is free after the recording is not free for others: replays write to it.
+        self.pool = cupy.cuda.MemoryPool()
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin again: what was recorded no longer holds."""
+        self.graph = None
+        self.calls = 0
+
+    def check(self) -> None:
+        """Forget the recording if its signature has changed."""
+        if self.graph is not None and self.signature() != self._recorded:
+            self.forget()
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            self.graph.launch(self.stream)
+            return
+        with cuda._xp().cuda.using_allocator(self.pool.malloc):
+            if self.calls == EAGER and self._record():
+                self.graph.launch(self.stream)
+            else:
+                self.function()
+        self.calls += 1
+
+    def _record(self) -> bool:
+        gc.collect()
+        gc.disable()  # it could free what belongs to CUDA, which ends a recording
+        try:
+            self.stream.begin_capture()
+            try:
+                self.function()
+            except BaseException:
+                self._abandon()
+                raise
+            self.graph = self.stream.end_capture()
+        except Exception as error:  # of CuPy, CUDA or cuDNN
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            print(f"warning: no CUDA graph ({reason}); training goes on without", file=sys.stderr)
+            return False
+        finally:
+            gc.enable()
+        self._recorded = self.signature()
+        return True
+
+    def _abandon(self) -> None:
+        try:
+            self.stream.end_capture()
+        except Exception:  # it says again that the recording is broken
+            return
+
+
+class Step:
+    """One training step from the images to the sums for the log.
+
+    Args:
+        optimizer: From ``functions.momentum_sgd``, of the CUDA backend.
+        images: ``updater.Images`` on the GPU.
+        batchsize: Images per step.
+        seed: Seed of order and augmentation.
+        order: The random order of a pass over the images, int64 (size,).
+        padding, purpose: ``augmentation.PADDING`` and ``random.AUGMENT``.
+        loss, correct: float64 and int64 () on the GPU; each step adds its own.
+    """
+
+    def __init__(
+        self,
+        optimizer,
+        images,
+        batchsize: int,
+        seed: int,
+        order: Callable,
+        padding: int,
+        purpose: int,
+        loss,
+        correct,
+    ) -> None:
+        xp = cuda._xp()
+        self.optimizer, self.images, self.order = optimizer, images, order
+        self.batchsize, self.seed = batchsize, seed
+        self.padding, self.purpose = padding, purpose
+        self.loss, self.correct = loss, correct
+        _, channels, height, width = images.x.shape
+        self.x = xp.empty((batchsize, height, width, channels), np.float32)
+        self.t = xp.empty((batchsize,), np.int32)
+        self.orders = xp.zeros((2, len(images)), np.int64)
+        self.counter = xp.zeros(1, np.int64)
+        self._passes = [-1, -1]  # whose orders are in the rows of orders
+        self._next = -1  # the iteration that the counter holds
+        self.captured = Captured(self._compute, self._signature)
+
+    def __call__(self, iteration: int) -> None:
+        """Train on the batch of ``iteration`` at the optimizer's rate."""
+        size = len(self.images)
+        first = iteration * self.batchsize
+        for epoch in (first // size, (first + self.batchsize - 1) // size):
+            if self._passes[epoch % 2] != epoch:
+                self.orders[epoch % 2] = self.order(epoch)
+                self._passes[epoch % 2] = epoch
+        if self._next != iteration:
+            self.counter.fill(iteration)
+        self._next = iteration + 1
+        self.optimizer.send_rate()
+        t = self.optimizer.t
+        self.captured()
+        self.optimizer.t = t + 1  # a replay does not count, a failed recording counts twice
+
+    def _compute(self) -> None:
+        images, network = self.images, self.optimizer.target
+        size, channels, height, width = images.x.shape
+        arrays = images.x, images.y, images.mean, self.orders, self.counter, self.x, self.t
+        shape = self.batchsize, size, channels, height, width, self.padding
+        numbers = *shape, np.int64(self.seed), self.purpose
+        cuda._launch("augment", self.batchsize * height * width, *arrays, *numbers)
+        y = network(cuda._images(self.x))
+        loss = cuda.softmax_cross_entropy(y, self.t)
+        network.cleargrads()
+        loss.backward()
+        self.optimizer.update()
+        arrays = self.loss, self.correct, self.counter
+        cuda._launch("finish_step", cuda.THREADS, y.array, self.t, loss.array, *y.shape, *arrays)
+
+    def _signature(self) -> Hashable:
+        """Where the persistent arrays are, and which parameters are trained."""
+        network = self.optimizer.target
+        arrays = [p.array for p in network.params()]
+        for link in network.links():
+            if isinstance(link, chainer.links.BatchNormalization):
+                arrays += [link.avg_mean, link.avg_var]
+        enabled = (p.update_rule.enabled for p in network.params())
+        return tuple(map(cuda.cudnn.address, arrays)), tuple(enabled), cuda.precision

@@ -1,0 +1,175 @@
+"""The recorded step, on a stream that records in earnest what kernels and cuDNN are to do."""
+
+import chainer
+import emulation
+import numpy as np
+import pytest
+from chainer import links as L
+from chainer.serializers import DictionarySerializer, NpzDeserializer
+
+from resnet import cifar10, functions, network, schedule
+from resnet.functions import cuda
+from resnet.updater import Images, Updater
+
+pytestmark = pytest.mark.skipif(
+    emulation.COMPILER is None, reason="g++ is missing: it compiles the CUDA kernels for the CPU"
+)
+
+
+class Small(chainer.Chain):
+    """A network of one layer, whose steps take no time."""
+
+    def __init__(self):
+        super().__init__()
+        rng = np.random.RandomState(0)
+        with self.init_scope():
+            self.conv = L.Convolution2D(3, 8, 3, pad=1, nobias=True, initialW=rng.randn(8, 3, 3, 3))
+            self.bn = L.BatchNormalization(8)
+            self.fc = L.Linear(8, 10, initialW=rng.randn(10, 8))
+
+    def forward(self, x):
+        h = functions.layer(x, self.conv.W, self.bn, 2)
+        return functions.linear(functions.average_pooling(h), self.fc.W, self.fc.b)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(functions, "_backend", cuda)
+    module, _, memory = emulation.install(monkeypatch)
+    yield module
+    memory.check()
+
+
+def make_updater(dataset, net=None, batchsize=16, recorded=True, warm_up=False):
+    optimizer = functions.momentum_sgd(net or Small(), 0.9, 1e-4)
+    device = chainer.get_device("@numpy")
+    mean = cifar10.mean_image(dataset.train_x)
+    images = Images(dataset.train_x, dataset.train_y, mean, device)
+    plan = schedule.Schedule("test", 20, (2, 6))
+    updater = Updater(optimizer, images, batchsize, plan, warm_up, seed=1)
+    assert updater._recorded
+    if not recorded:
+        updater._recorded = None
+    return updater
+
+
+def state(updater):
+    serializer = DictionarySerializer()
+    serializer.save(updater)
+    return {name: np.array(value) for name, value in serializer.target.items()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("make", "batchsize", "steps"),
+    [
+        (Small, 16, 12),
+        (lambda: network.resnet(1), 4, 6),
+        (lambda: network.resresnet(1), 4, 6),
+    ],
+    ids=["one layer", "resnet", "resresnet"],
+)
+def test_replays_are_the_eager_steps_bit_for_bit(gpu, dataset, make, batchsize, steps):
+    """Over drops of the rate, ends of passes and of epochs; what the log and snapshots say, too."""
+    eager = make_updater(dataset, make(), batchsize, recorded=False)
+    updater = make_updater(dataset, make(), batchsize)
+    for step in range(steps):
+        eager.update()
+        before = len(gpu.launched)
+        updater.update()
+        assert (len(gpu.launched) == before) == (step > 3)  # a replay asks for no kernel
+        assert_same(state(updater), state(eager))
+        if step in (1, 4, 7):
+            assert updater.statistics() == eager.statistics()
+    assert gpu.stream.log.count("begin_capture") == 1
+
+
+def test_all_work_is_on_a_stream_that_can_be_recorded(gpu, dataset):
+    make_updater(dataset)
+    assert gpu.stream.log == ["synchronize", "use"]  # the default stream's work is over by then
+
+
+@pytest.mark.parametrize("where", ["begin_capture", "end_capture", "a kernel"])
+def test_what_cannot_be_recorded_goes_on_eagerly_and_says_so(gpu, dataset, where, capsys,
+                                                             monkeypatch):  # fmt: skip
+    eager, updater = make_updater(dataset, recorded=False), make_updater(dataset)
+    gpu.stream.refuses = where
+    if where == "a kernel":
+        launch = cuda._launch
+
+        def refuse(name, *arguments):
+            if gpu.stream.recording is not None and name == "momentum_step":
+                raise RuntimeError("operation not permitted\nwhile a stream is captured")
+            launch(name, *arguments)
+
+        monkeypatch.setattr(cuda, "_launch", refuse)
+    for _ in range(7):
+        eager.update()
+        updater.update()
+    assert_same(state(updater), state(eager))
+    assert gpu.stream.recording is None
+    assert gpu.stream.log.count("begin_capture") == 1
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "no CUDA graph" in warning
+    assert ("operation not permitted" if where == "a kernel" else where) in warning
+
+
+@pytest.mark.parametrize("cut", [2, 5, 7])
+def test_a_run_resumed_across_a_recording_is_the_uninterrupted_one(gpu, dataset, cut):
+    whole, first = (make_updater(dataset) for _ in range(2))
+    for _ in range(12):
+        whole.update()
+    for _ in range(cut):
+        first.update()
+    resumed = make_updater(dataset)
+    for parameter in resumed.optimizer.target.params():
+        parameter.array[...] = 7
+    NpzDeserializer(state(first)).load(resumed)
+    for _ in range(12 - cut):
+        resumed.update()
+    assert_same(state(resumed), state(whole))
+
+
+def test_a_state_can_be_loaded_between_replays(gpu, dataset):
+    updater = make_updater(dataset)
+    states = []
+    for _ in range(9):
+        states.append(state(updater))
+        updater.update()
+    expected = state(updater)
+    NpzDeserializer(states[5]).load(updater)
+    for _ in range(4):
+        updater.update()
+    assert_same(state(updater), expected)
+
+
+def test_weights_that_were_replaced_are_recorded_anew(gpu, dataset):
+    """The recording would go on training the old ones."""
+    eager, updater = make_updater(dataset, recorded=False), make_updater(dataset)
+    for step in range(12):
+        for each in (eager, updater):
+            if step == 6:
+                fc = each.optimizer.target.fc
+                fc.W.array = fc.W.array * 2
+                each.statistics()  # the end of an epoch, when extensions have run
+            each.update()
+    assert_same(state(updater), state(eager))
+    assert gpu.stream.log.count("begin_capture") == 2
+
+
+def test_the_warm_up_is_not_recorded(gpu, dataset, monkeypatch):
+    """The host must see the error of each of its steps; afterwards it need not."""
+    monkeypatch.setattr(schedule, "WARM_UP_LIMIT", 3)
+    eager = make_updater(dataset, recorded=False, warm_up=True)
+    updater = make_updater(dataset, warm_up=True)
+    for _ in range(10):
+        eager.update()
+        updater.update()
+        assert_same(state(updater), state(eager))
+    assert gpu.stream.log.count("begin_capture") == 1
+    assert updater._recorded.captured.graph is not None

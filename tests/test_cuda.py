@@ -1,0 +1,498 @@
+"""The CUDA backend without a GPU: its kernels' source on the CPU, its plans in a stand-in's hands.
+
+The functions of the door are compared with PyTorch in test_functions.py and test_network.py, for
+this backend too. Here is what a GPU adds: the order of threads, float16, cuDNN, what is missing.
+"""
+
+import re
+from types import SimpleNamespace
+
+import chainer
+import emulation
+import numpy as np
+import pytest
+from chainer import functions as F
+from chainer import links as L
+
+from resnet import flags, functions, network, random
+from resnet.command import InputError
+from resnet.functions import cuda, cudnn, stock
+from resnet.updater import Images, Updater
+
+needs_compiler = pytest.mark.skipif(
+    emulation.COMPILER is None, reason="g++ is missing: it compiles the CUDA kernels for the CPU"
+)
+
+
+@pytest.fixture
+def gpu(request, monkeypatch):
+    """The backend on NumPy arrays, in the precision that the test asks for."""
+    precision = getattr(request, "param", "tf32")
+    monkeypatch.setattr(functions, "_backend", cuda)
+    module, frontend, memory = emulation.install(monkeypatch, precision)
+    yield SimpleNamespace(module=module, frontend=frontend)
+    memory.check()
+
+
+half_and_float = pytest.mark.parametrize("gpu", ["fp32", "fp16"], indirect=True)
+
+
+def normal(*shape, seed=0):
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+def make_layer(channels=16, channels_in=16):
+    """A normalization whose parameters are not 0 or 1, and filters."""
+    bn = L.BatchNormalization(channels)
+    bn.gamma.array[...] = 1 + normal(channels, seed=1) / 4
+    bn.beta.array[...] = normal(channels, seed=2) / 4
+    bn.cleargrads()
+    return bn, chainer.Parameter(normal(channels, channels_in, 3, 3, seed=3) / 8)
+
+
+def run_layer(x, shortcut=None, stride=1, channels=16):
+    """Output and all gradients of a layer, by name."""
+    bn, w = make_layer(channels, x.shape[1])
+    variables = [chainer.Variable(a.copy()) for a in (x, shortcut) if a is not None]
+    y = functions.layer(variables[0], w, bn, stride, *variables[1:])
+    y = stock.average_pooling(y) if y.dtype == np.float32 else functions.average_pooling(y)
+    y.grad = normal(*y.shape, seed=4)
+    y.backward()
+    found = {"y": y.array, "W": w.grad, "gamma": bn.gamma.grad, "beta": bn.beta.grad}
+    found |= {"mean": bn.avg_mean, "var": bn.avg_var}
+    return found | {f"input {i}": v.grad for i, v in enumerate(variables)}
+
+
+def assert_alike(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = np.abs(found[name].astype(float) - value).max() / np.abs(value).max()
+        assert error < tolerance, (name, error)
+
+
+# ---- Kernels -------------------------------------------------------------------------------------
+
+
+def test_every_kernel_of_the_source_is_named():
+    source = cuda.SOURCE.read_text()
+    names = re.findall(r"__global__ void __launch_bounds__\(THREADS\)\s+(\w+)\(", source)
+    assert source.count("__global__") == len(names)
+    assert {name.partition("<")[0] for name in cuda.KERNELS} == set(names)
+    assert f"THREADS = {cuda.THREADS};" in source
+
+
+@needs_compiler
+@half_and_float
+@pytest.mark.parametrize("shortcut", [None, (5, 16, 18, 18), (5, 8, 36, 36)])
+def test_no_bit_depends_on_the_order_of_threads_and_blocks(gpu, shortcut):
+    """So no thread relies on another that need not have come first, and runs repeat."""
+    x = normal(5, 16, 18, 18)  # 7 blocks of a sum in float32, the last one shorter
+    shortcut = shortcut and normal(*shortcut, seed=5)
+    found = run_layer(x, shortcut)
+    gpu.module.reversed = True
+    for name, value in run_layer(x, shortcut).items():
+        np.testing.assert_array_equal(value, found[name], err_msg=name)
+    assert not cuda._arrived().any()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("count", "channels"), [(1, 16), (37, 16), (1300, 16), (700, 64), (90, 256), (50, 24)]
+)
+@pytest.mark.parametrize("mean", [0, 300])
+@half_and_float
+def test_moments_of_any_number_of_rows(gpu, count, channels, mean):
+    """Also where the mean is large beside the deviation, and where a block has a single row."""
+    dtype = cuda._dtype()
+    x = (normal(count, 1, 1, channels) * np.logspace(-1, 1, channels) + mean).astype(dtype)
+    gamma, beta = normal(channels, seed=1), normal(channels, seed=2)
+    average_mean, average_var = np.ones(channels, "f"), np.full(channels, 2, "f")
+    blocks, chunk = cuda._blocks(x, channels)
+    assert (blocks - 1) * chunk < count <= blocks * chunk
+    xp = cuda._xp()
+    parts, stats = xp.empty((blocks, 2, channels)), xp.empty((4, channels))
+    cuda._launch_on(
+        x, "moments", blocks * cuda.THREADS, x, count, channels, chunk, parts, cuda._arrived(),
+        gamma, beta, 2e-5, 0.9, average_mean, average_var, stats,
+    )  # fmt: skip
+    rows = x.reshape(count, channels).astype(float)
+    expected = rows.mean(axis=0), 1 / np.sqrt(rows.var(axis=0) + 2e-5)
+    np.testing.assert_allclose(stats[0], expected[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(stats[1], expected[1], rtol=2e-5)
+    np.testing.assert_allclose(stats[2], gamma * stats[1], rtol=1e-6)
+    error = stats[3] - (beta - stats[0] * stats[2])
+    assert np.abs(error).max() < 1e-6 * (1 + np.abs(stats[0] * stats[2]).max())
+    unbiased = rows.var(axis=0) * count / max(count - 1, 1)
+    np.testing.assert_allclose(average_mean, 0.9 + 0.1 * expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(average_var, 1.8 + 0.1 * unbiased, rtol=2e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("iteration", [0, 1, 2, 7, 10**6])
+def test_augmentation_is_that_of_the_cpu_bit_for_bit(gpu, dataset, iteration):
+    device = chainer.get_device("@numpy")
+    mean = dataset.train_x.mean(axis=0, dtype=np.float32) / 255
+    images = Images(dataset.train_x, dataset.train_y, mean, device)
+    updater = Updater(None, images, 16, None, seed=3)
+    updater.iteration = iteration
+    x, t = updater.batch()
+    size = len(images)
+    first = iteration * 16 // size
+    orders = np.empty((2, size), np.int64)
+    for epoch in (first, first + 1):
+        orders[epoch % 2] = random.permutation(np, size, 3, random.SHUFFLE, epoch)
+    xp = cuda._xp()
+    found_x, found_t = xp.empty((16, 32, 32, 3)), xp.empty(16, np.int32)
+    numbers = 16, size, 3, 32, 32, 4, np.int64(3), random.AUGMENT
+    counter = np.full(1, iteration, np.int64)
+    images = images.x, images.y, images.mean, orders, counter
+    cuda._launch("augment", 16 * 1024, *images, found_x, found_t, *numbers)
+    np.testing.assert_array_equal(found_x, x.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(found_t, t)
+
+
+@needs_compiler
+def test_a_label_below_0_is_left_out(gpu):
+    y, t = normal(6, 10), np.array([3, -1, 0, 9, -1, 5], np.int32)
+    results = []
+    for function in (functions.softmax_cross_entropy, F.softmax_cross_entropy):
+        logits = chainer.Variable(y.copy())
+        loss = function(logits, t)
+        loss.grad = np.full((), 3, np.float32)
+        loss.backward()
+        results.append((loss.array, logits.grad))
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@needs_compiler
+@half_and_float
+def test_a_number_that_is_none_stays_visible(gpu):
+    """A diverged network must not look like a working one."""
+    x = normal(2, 16, 8, 8)
+    x[0, 3, 2, 2] = np.nan
+    bn, w = make_layer()
+    y = functions.average_pooling(functions.layer(x, w, bn))
+    loss = functions.softmax_cross_entropy(functions.linear(y, normal(10, 16), normal(10)),
+                                           np.zeros(2, np.int32))  # fmt: skip
+    assert np.isnan(loss.array)
+
+
+# ---- float16 -------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("gpu", ["fp16"], indirect=True)
+@pytest.mark.parametrize(
+    ("x", "shortcut", "stride"),
+    [
+        ((4, 16, 8, 8), None, 1),
+        ((4, 3, 8, 8), None, 1),
+        ((4, 16, 8, 8), (4, 16, 8, 8), 1),
+        ((4, 16, 8, 8), (4, 8, 16, 16), 1),
+        ((4, 8, 8, 8), None, 2),
+    ],
+)
+def test_layer_in_float16(gpu, x, shortcut, stride):
+    """Activations have 11 bits; everything float32, gradients too, has its true size."""
+    x, shortcut = normal(*x), shortcut and normal(*shortcut, seed=5)
+    found = run_layer(x, shortcut, stride)
+    assert all(value.dtype == np.float32 for value in found.values())
+    functions._backend = stock
+    assert_alike(found, run_layer(x, shortcut, stride), 0.01)
+
+
+@needs_compiler
+@pytest.mark.parametrize("gpu", ["fp16"], indirect=True)
+def test_small_gradients_survive_float16(gpu):
+    """Those of the last activations are about 1e-8, less than float16 can tell from 0."""
+    h = cuda._images(normal(2, 8, 8, 16).astype(np.float16))
+    h = chainer.Variable(h)
+    y = functions.average_pooling(h)
+    y.grad = np.full(y.shape, 2e-6, np.float32)
+    y.backward()
+    assert h.grad.dtype == np.float16
+    np.testing.assert_allclose(h.grad.astype("f") / cuda.SCALE, 2e-6 / 64, rtol=0.02)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+
+def losses(net, steps=3, batchsize=8):
+    optimizer = functions.momentum_sgd(net, 0.9, 1e-4)
+    optimizer.lr = 0.05
+    x, t = normal(batchsize, 3, 32, 32), np.arange(batchsize, dtype=np.int32) % 10
+    found = []
+    for _ in range(steps):
+        loss = functions.softmax_cross_entropy(net(x), t)
+        net.cleargrads()
+        loss.backward()
+        optimizer.update()
+        found.append(float(loss.array))
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize(("gpu", "tolerance"), [("fp32", 1e-5), ("fp16", 0.02)], indirect=["gpu"])
+@pytest.mark.parametrize("architecture", ["plain", "resresnet"])
+def test_training_steps_are_those_of_chainers_functions(gpu, tolerance, architecture):
+    found = losses(network.ARCHITECTURES[architecture](1))
+    functions._backend = stock
+    expected = losses(network.ARCHITECTURES[architecture](1))
+    np.testing.assert_allclose(found, expected, rtol=tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("gpu", "tolerance"), [("fp32", 1e-5), ("fp16", 0.02)], indirect=["gpu"])
+def test_partial_training_with_a_frozen_and_an_absent_block(gpu, tolerance):
+    def train():
+        net = network.resnet(1, present=("conv2", "conv3"))
+        net.conv1.disable_update()
+        net.freeze(["conv3"])
+        found = losses(net, 2)
+        return found, net.conv2[0].bn1.avg_mean, net.conv3[0].bn1.avg_mean
+
+    found, mean, frozen = train()
+    assert not any("im2col" in name for name in gpu.module.launched)
+    assert mean.any() and not frozen.any()
+    functions._backend = stock
+    expected, *_ = train()
+    np.testing.assert_allclose(found, expected, rtol=tolerance)
+
+
+@needs_compiler
+def test_gradients_go_straight_to_their_place_in_the_optimizer(gpu, monkeypatch):
+    net = network.resnet(1)
+    losses(net, 1)
+    x, t = normal(4, 3, 32, 32), np.arange(4, dtype=np.int32)
+    net.cleargrads()
+    functions.softmax_cross_entropy(net(x), t).backward()
+    for name, parameter in net.namedparams():
+        assert parameter.grad is parameter.place_of_gradient, name
+
+
+@needs_compiler
+def test_a_gradient_that_is_added_to_is_not_overwritten(gpu):
+    """A link used twice has one place for its gradient, which holds the first one by then."""
+
+    def gradients():
+        net = network.resnet(1)
+        losses(net, 1)
+        net.cleargrads()
+        x, t = normal(4, 3, 32, 32), np.arange(4, dtype=np.int32)
+        loss = functions.softmax_cross_entropy(net(x), t)
+        loss += functions.softmax_cross_entropy(net(x[:, :, ::-1]), t)
+        loss.backward()
+        loss = functions.softmax_cross_entropy(net(x), t)  # and a third time, on its own
+        loss.backward()
+        return {name: p.grad.copy() for name, p in net.namedparams()}
+
+    found = gradients()
+    functions._backend = stock
+    assert_alike(found, gradients(), 0.01)  # after an update; a lost gradient is off by 1
+
+
+@needs_compiler
+def test_gradients_of_gradients_are_chainers(gpu):
+    def penalty():
+        bn, w = make_layer()
+        x = chainer.Variable(normal(2, 16, 8, 8))
+        y = functions.average_pooling(functions.layer(x, w, bn, 1, x))
+        y = functions.linear(y, chainer.Parameter(normal(10, 16)), chainer.Parameter(normal(10)))
+        t = np.arange(2, dtype=np.int32)
+        if functions._backend is stock:
+            loss = F.softmax_cross_entropy(y, t, enable_double_backprop=True)
+        else:
+            loss = functions.softmax_cross_entropy(y, t)
+        (g,) = chainer.grad([loss], [w], enable_double_backprop=True)
+        (gg,) = chainer.grad([F.sum(g * g)], [w])
+        return gg.array
+
+    found = penalty()
+    functions._backend = stock
+    expected = penalty()
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+@needs_compiler
+@pytest.mark.parametrize("gpu", ["fp16"], indirect=True)
+def test_gradients_of_gradients_are_refused_in_float16(gpu):
+    bn, w = make_layer()
+    y = F.sum(functions.average_pooling(functions.layer(normal(2, 16, 8, 8), w, bn)))
+    with pytest.raises(RuntimeError, match="fp32"):
+        chainer.grad([y], [w], enable_double_backprop=True)
+
+
+@needs_compiler
+@half_and_float
+def test_what_it_is_not_made_for_goes_to_chainers_own_functions(gpu):
+    bn, w = make_layer(6, 16)  # 6 channels are no multiple of 16 bytes
+    x = normal(2, 16, 8, 8)
+    first = functions.layer(x, make_layer()[1], make_layer()[0])
+    launched = len(gpu.module.launched)
+    y = functions.layer(first, w, bn)
+    assert y.dtype == np.float32 and len(gpu.module.launched) == launched
+    expected = F.relu(make_layer(6)[0](F.convolution_2d(first.array.astype("f"), w, pad=1)))
+    np.testing.assert_allclose(y.array, expected.array, rtol=1e-4, atol=1e-5)
+    wide = functions.layer(normal(2, 512, 4, 4), chainer.Parameter(normal(512, 512, 3, 3) / 50),
+                           L.BatchNormalization(512))  # fmt: skip
+    assert wide.dtype == np.float32 and len(gpu.module.launched) == launched
+
+
+# ---- Plans ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpu", ["fp32", "tf32", "fp16"], indirect=True)
+def test_a_plan_says_how_arrays_lie_and_what_is_not_wanted(gpu):
+    """Steps must come in the order that the frontend needs: see emulation.Graph."""
+    convolution = cudnn.Convolution((2, 16, 9, 8), 32, 2, cuda.precision)
+    assert convolution.out_shape == (2, 32, 5, 4)
+    xp, dtype = cuda._xp(), cuda._dtype()
+    x, w, y = (xp.empty(shape, dtype) for shape in ((2, 9, 8, 16), (32, 3, 3, 16), (2, 5, 4, 32)))
+    for array in (x, w, y):
+        array.fill(0)
+    convolution.forward(x, w, y)
+    convolution.backward_data(y, w, x)
+    convolution.backward_weights(x, y, w)
+    of_x = [2, 16, 9, 8], [9 * 8 * 16, 1, 8 * 16, 16]
+    of_w = [32, 16, 3, 3], [9 * 16, 1, 3 * 16, 16]
+    of_y = [2, 32, 5, 4], [5 * 4 * 32, 1, 4 * 32, 32]
+    expected = {
+        "conv_fprop": ({"image": of_x, "weight": of_w}, of_y),
+        "conv_dgrad": ({"loss": of_y, "filter": of_w}, of_x),
+        "conv_wgrad": ({"image": of_x, "loss": of_y}, of_w),
+    }
+    assert [graph.kind for graph in gpu.frontend.graphs] == list(expected)
+    for graph in gpu.frontend.graphs:
+        inputs, output = expected[graph.kind]
+        assert {name: (t.dim, t.stride) for name, t in graph.inputs.items()} == inputs
+        assert (graph.output.dim, graph.output.stride) == output
+        tensors = [*graph.inputs.values(), graph.output]
+        assert {t.data_type for t in tensors} == {"f2" if cuda.precision == "fp16" else "f4"}
+        assert graph.stride == [2, 2]
+        (unwanted,) = (notes for step, *notes in graph.done if step == "deselect_numeric_notes")
+        assert "NONDETERMINISTIC" in unwanted[0]
+        assert ("TENSOR_CORE" in unwanted[0]) == (cuda.precision == "fp32")
+
+
+def test_a_plan_is_built_once_for_all_layers_of_a_shape(gpu):
+    shape = (2, 16, 4, 4)
+    arrays = [np.zeros(s, "f") for s in ((2, 4, 4, 16), (16, 3, 3, 16), (2, 4, 4, 16))]
+    for _ in range(3):
+        cudnn.convolution(shape, 16, 1, "tf32").forward(*arrays)
+    assert len(gpu.frontend.graphs) == 1
+    cudnn.convolution(shape, 16, 1, "fp32").forward(*arrays)
+    assert len(gpu.frontend.graphs) == 2
+
+
+def test_plans_run_on_the_current_stream(gpu, monkeypatch):
+    arrays = [np.zeros(s, "f") for s in ((2, 4, 4, 16), (16, 3, 3, 16), (2, 4, 4, 16))]
+    for stream in (7, 8, 7):
+        monkeypatch.setattr(cudnn, "stream", lambda stream=stream: stream)
+        cudnn.convolution((2, 16, 4, 4), 16, 1, "tf32").forward(*arrays)
+        assert gpu.frontend.stream == stream
+
+
+def test_a_shape_without_a_plan_is_named(gpu):
+    gpu.frontend.unsupported = True
+    with pytest.raises(RuntimeError, match=r"no plan for conv_fprop, tf32, input \(2, 16, 4, 4\)"):
+        cudnn.Convolution((2, 16, 4, 4), 16, 1, "tf32").forward(*[np.zeros(1)] * 3)
+
+
+@pytest.mark.parametrize("precision", cudnn.PRECISIONS)
+@pytest.mark.parametrize("kind", [cudnn.FORWARD, cudnn.DATA, cudnn.WEIGHTS])
+def test_the_real_frontend_takes_the_graphs(monkeypatch, kind, precision):
+    """As far as it goes without a GPU: it checks and completes what they say."""
+    try:
+        cudnn.frontend()
+    except cudnn.Missing as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(cudnn, "_handle", lambda: None)
+    convolution = cudnn.Convolution((128, 16, 32, 32), 32, 2, precision)
+    graph = convolution.graph(kind)
+    graph.validate()
+    for uid, shape in convolution.shapes.items():
+        tensor = graph.query_tensor_attributes_of_uid(uid)
+        assert tuple(tensor.get_dim()) == shape and tensor.get_stride()[1] == 1
+
+
+# ---- What is missing -----------------------------------------------------------------------------
+
+
+def no_frontend():
+    raise ImportError("No module named 'cudnn'")
+
+
+class WithoutCudnn:
+    def backend_version(self):
+        raise RuntimeError("Unable to find symbol cudnnGetVersion")
+
+
+class WithOldCudnn:
+    def backend_version(self):
+        return 8907
+
+    def backend_version_string(self):
+        return "8.9.7"
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        (no_frontend, "pip install 'nvidia-cudnn-frontend==1.22.1'"),
+        (WithoutCudnn, "found none): pip install nvidia-cudnn-cu13"),
+        (WithOldCudnn, "found 8.9.7): pip install nvidia-cudnn-cu13"),
+    ],
+)
+def test_without_cudnn_one_line_says_so(monkeypatch, module, line):
+    monkeypatch.setattr(functions, "_backend", functions._backend)
+    monkeypatch.setattr(cuda, "_without_gpu", lambda: None)
+    monkeypatch.setattr(cudnn, "_cuda_version", lambda: 13000)
+    monkeypatch.setattr(cudnn, "_import_frontend", module)
+    monkeypatch.setattr(cudnn, "frontend", cudnn.frontend.__wrapped__)
+    with pytest.raises(ValueError, match="pip install") as error:
+        functions.use("cuda", gpu=True)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_a_gpu_one_line_says_so(monkeypatch):
+    if cuda.count_gpus():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="CuPy") as error:
+        functions.use("cuda")
+    assert "\n" not in str(error.value)
+
+
+def test_cuda_without_a_driver_is_no_gpu(monkeypatch):
+    """CuPy imports from its wheels anywhere, and raises when it is asked for devices."""
+
+    class CUDARuntimeError(Exception):
+        pass
+
+    def count():
+        raise CUDARuntimeError("cudaErrorInsufficientDriver")
+
+    runtime = SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=count)
+    monkeypatch.setattr(chainer.cuda, "available", True)
+    monkeypatch.setattr(cuda, "_xp", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    assert cuda.count_gpus() == 0
+    assert flags.find_device(None).name == "@numpy"
+    with pytest.raises(InputError, match="no GPU was found here"):
+        flags.find_device("0")
+
+
+def test_on_a_gpu_chainers_own_functions_compute_unless_asked(monkeypatch):
+    """Until the backend has been seen to run on one."""
+    monkeypatch.setattr(functions, "_backend", functions._backend)
+    monkeypatch.setattr(cuda, "available", lambda: (True, "cuDNN 9"))
+    assert functions.use("auto", gpu=True).startswith("chainer")
+    assert functions._backend is stock
+    assert functions.use("cuda", gpu=True, precision="fp16") == "cuda (cuDNN 9)"
+    assert functions._backend is cuda and cuda.precision == "fp16"
+    assert functions.use("cuda", gpu=True) and cuda.precision == "tf32"
+    with pytest.raises(ValueError, match="legal: with --device 0"):
+        functions.use("cuda")
+    with pytest.raises(ValueError, match="legal with a GPU"):
+        functions.use("onednn", gpu=True)
+    with pytest.raises(ValueError, match="legal: with --backend cuda"):
+        functions.use("auto", gpu=True, precision="fp16")
