@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT, python
 from test_training import read_log
 
-from resnet import cifar10, functions, network, schedule, synthetic, training
+from resnet import cifar10, files, functions, network, schedule, synthetic, training
+from resnet.command import InputError
 from resnet.parallel import ALONE, Processes
 from resnet.updater import Images, Updater
 
@@ -48,6 +49,18 @@ def mpirun(*words):
 
 def read_starts(folder):
     return json.loads((folder / "args.json").read_text())["starts"]
+
+
+def wait_for_the_right_to(folder):
+    """Processes whose launcher was killed live a moment longer."""
+    end = time.monotonic() + 30
+    while True:
+        try:
+            with files.only_writer(folder):
+                return
+        except InputError:
+            assert time.monotonic() < end
+            time.sleep(0.1)
 
 
 def finish(process):
@@ -157,6 +170,7 @@ def test_a_run_of_two_that_was_killed_goes_on_to_the_same_end(two, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.communicate()
+    wait_for_the_right_to(tmp_path / "resnet-8-seed0")
     finish(mpirun(*SHARED, "-e", "2", "-o", tmp_path))
     assert 0 < read_starts(tmp_path / "resnet-8-seed0")[1]["iteration"] < 8
     assert read_log(tmp_path / "resnet-8-seed0") == read_log(folder)
