@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(BIN)/python experiments/resnet.py --n 3 --data synthetic --epoch 8 --out demo
 	$(BIN)/python plots/curves.py demo -o demo/curves.png
 
-# Half an hour on 2 cores: the deeper plain network's training loss is worse, the deeper ResNet's not.
+# Half an hour on 2 cores: depth costs the plain network far more than the residual one.
 degradation: $(VENV)/installed
 	$(BIN)/python experiments/plain.py --n 3 9 --epoch 4 $(CIFAR10) --out degradation
 	$(BIN)/python experiments/resnet.py --n 3 9 --epoch 4 $(CIFAR10) --out degradation
