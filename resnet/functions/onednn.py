@@ -59,10 +59,11 @@ def describe() -> str:
 
 
 def start() -> None:
-    """Prepare this process; oneDNN reads ``OMP_NUM_THREADS`` itself, Numba has to be told."""
+    """Prepare this process: its threads and its memory."""
     global _started
     _started = True
     kernels.numba.set_num_threads(min(threads(), kernels.numba.config.NUMBA_NUM_THREADS))
+    primitives.set_threads(threads())  # after Numba, which has just told OpenMP of all processors
     _reuse_memory()
 
 

@@ -81,6 +81,11 @@ def version() -> str:
     return f"{v.major}.{v.minor}.{v.patch}"
 
 
+def set_threads(count: int) -> None:
+    """Let this process's OpenMP, which Numba shares, compute with so many threads."""
+    library().omp_set_num_threads(c_int(count))
+
+
 def _create(function: str, *arguments: object) -> c_void_p:
     handle = c_void_p()
     status = getattr(library(), function)(byref(handle), *arguments)
