@@ -116,8 +116,9 @@ class EpochEnd:
 class StopRequest:
     """Lets training stop between two iterations: on a signal, or when its time is over.
 
-    A batch system or a launcher may send more than one signal; a second Ctrl-C ends the process at
-    once.
+    Signals are noted while it is entered, and to the end of a process that leaves by ``sys.exit``:
+    a batch system and a launcher under it each send their own, at any time, and a later one must
+    not keep a snapshot from being written. Only a second Ctrl-C ends the process at once.
 
     Args:
         deadline: When the time is over, on the clock of ``time.monotonic``.
@@ -143,12 +144,13 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not SystemExit:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: object) -> None:
-        self._signal = signal.Signals(number)
+        self._signal = self._signal or signal.Signals(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

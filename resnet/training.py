@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -45,7 +45,7 @@ class Setting:
         evaluation: ``test``, or ``validation`` when the dataset's test part was held out.
         device: Where to compute.
         backend: What computes, for the record.
-        deadline: When training has to stop, on the clock of ``time.monotonic``.
+        request: Stops training, on a signal or when ``--time-limit`` is over.
         processes: Those that train together.
     """
 
@@ -54,13 +54,13 @@ class Setting:
     evaluation: str
     device: chainer.backend.Device
     backend: str
-    deadline: float = math.inf
+    request: extensions.StopRequest = field(default_factory=extensions.StopRequest)
     processes: Processes = ALONE
 
 
 def prepare(args: argparse.Namespace) -> Setting:
     """Choose device and backend and load the images, as the flags say."""
-    deadline = STARTED + args.time_limit
+    request = extensions.StopRequest(STARTED + args.time_limit)
     flags.check(args)
     processes = parallel.join(args.communicator)
     if args.batchsize % processes.size:
@@ -90,7 +90,7 @@ def prepare(args: argparse.Namespace) -> Setting:
                 USAGE,
             )
         dataset, evaluation = cifar10.hold_out(dataset, HELD_OUT), "validation"
-    return Setting(args, dataset, evaluation, device, backend, deadline, processes)
+    return Setting(args, dataset, evaluation, device, backend, request, processes)
 
 
 def main(architecture: str, description: str) -> None:
@@ -111,8 +111,9 @@ def run(kind: Callable[[int, int, Setting], Run], args, depths: Sequence[int]) -
     seeds = range(args.seed, args.seed + args.runs)
     # All of them before the first is trained: a wrong flag shows at once.
     runs = [kind(n, seed, setting) for n in args.n or depths for seed in seeds]
-    for each in runs:
-        each.train()
+    with setting.request:
+        for each in runs:
+            each.train()
     if len(runs) > 1:
         print_summary(runs)
 
@@ -149,7 +150,7 @@ class Run:
         self.warm_up = args.warmup == "on" or (args.warmup == "auto" and n >= WARM_UP_FROM)
         self.folder = args.out / f"{architecture}-{layers(n)}-seed{seed}"
         self.stream = seed  # of order and augmentation
-        self.request = extensions.StopRequest(setting.deadline)
+        self.request = setting.request
 
     # What a kind of training of its own changes.
 
@@ -212,9 +213,9 @@ class Run:
         if processes.rank == 0:
             write_record(self.folder, self.identity, starts)
         # A net that diverges is a result of the report: NaN is logged, not warned of.
-        with self.request, np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             trainer.run(show_loop_exception_msg=False)
-            reason = self.request.reason or "a signal to another process"
+        reason = self.request.reason or "a signal to another process"
         iteration = trainer.updater.iteration
         # Before the first update there is nothing to keep, nor a velocity that could be saved.
         wrote = f"; wrote {snapshots.save(trainer)}" if iteration else ""

@@ -1,5 +1,6 @@
 """A whole run in its folder: log, snapshots, resume, refusals."""
 
+import functools
 import io
 import json
 import math
@@ -101,15 +102,31 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(dataset, finish
 
 
 def stop_after(monkeypatch, iteration, number=signal.SIGTERM):
-    """Send this process a signal during the given iteration."""
-    update = training.Updater.update
+    """Send this process a signal during the given iteration, and more while it stops."""
+    update, save = training.Updater.update, extensions.Snapshots.save
 
     def interrupted(updater):
         update(updater)
         if updater.iteration == iteration:
             os.kill(os.getpid(), number)
 
+    def interrupted_again(snapshots, trainer):
+        if trainer.updater.iteration == iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return save(snapshots, trainer)
+
     monkeypatch.setattr(training.Updater, "update", interrupted)
+    monkeypatch.setattr(extensions.Snapshots, "save", interrupted_again)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Give the signals of a run that has left by ``sys.exit`` their handlers back."""
+    before = {n: signal.getsignal(n) for n in extensions.StopRequest.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -121,14 +138,15 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     run = make_run(dataset, tmp_path / "stopped", "--warmup", "off")
     with monkeypatch.context() as patch:
         stop_after(patch, iteration, number)
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as stopped, run.request:
             run.train()
     assert stopped.value.code == training.UNFINISHED
     out = capsys.readouterr().out
     assert f"stopped by {number.name} after iteration {iteration}" in out
     assert "to go on: python" in out
     assert not (run.folder / "blocks.h5").exists()
-    run.train()
+    with run.request:
+        run.train()
     assert read_log(run.folder) == read_log(finished.folder)
     expected, found = read_blocks(finished.folder), read_blocks(run.folder)
     assert expected.keys() == found.keys()
@@ -136,6 +154,20 @@ def test_a_stopped_run_goes_on_to_the_same_end(
         np.testing.assert_array_equal(value, found[name], err_msg=name)
     starts = json.loads((run.folder / "args.json").read_text())["starts"]
     assert [start["iteration"] for start in starts] == [0, iteration]
+
+
+def test_a_signal_in_a_runs_last_iteration_stops_before_the_next_run(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    first = make_run(dataset, tmp_path, "--runs", "2")
+    monkeypatch.setattr(training, "prepare", lambda args: first.setting)
+    stop_after(monkeypatch, first.schedule.iterations)
+    with pytest.raises(SystemExit) as stopped:
+        training.run(functools.partial(training.Run, "resnet"), first.args, (1,))
+    assert stopped.value.code == training.UNFINISHED
+    assert (tmp_path / "resnet-8-seed0" / "blocks.h5").exists()
+    assert "stopped by SIGTERM after iteration 0" in capsys.readouterr().out
+    assert not list((tmp_path / "resnet-8-seed1").glob("*.npz"))
 
 
 @pytest.mark.parametrize("iteration", [0, 4])
@@ -186,9 +218,10 @@ def test_a_run_folder_has_one_writer_and_keeps_no_leftovers_of_killed_ones(datas
 def interrupted_run(dataset, out, monkeypatch, iteration=5):
     """A run with a snapshot after every iteration, stopped after ``iteration``."""
     run = make_run(dataset, out, "--snapshot-interval", "0")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit), run.request:
         stop_after(patch, iteration)
         run.train()
+    run.request = extensions.StopRequest()
     return run
 
 
