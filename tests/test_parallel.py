@@ -173,7 +173,13 @@ def test_a_run_of_two_that_was_killed_goes_on_to_the_same_end(two, tmp_path):
     wait_for_the_right_to(tmp_path / "resnet-8-seed0")
     finish(mpirun(*SHARED, "-e", "2", "-o", tmp_path))
     assert 0 < read_starts(tmp_path / "resnet-8-seed0")[1]["iteration"] < 8
-    assert read_log(tmp_path / "resnet-8-seed0") == read_log(folder)
+    for found, expected in zip(
+        read_log(tmp_path / "resnet-8-seed0"), read_log(folder), strict=True
+    ):
+        # Each snapshot rounds the running averages, which training makes no use of.
+        for key, tolerance in (("test/main/loss", 1e-6), ("test/main/accuracy", 2e-3)):
+            assert found.pop(key) == pytest.approx(expected.pop(key), rel=tolerance)
+        assert found == expected
 
 
 @pytest.mark.parametrize(
