@@ -35,9 +35,7 @@ class Block(chainer.ChainList):
 
     def forward(self, x):
         """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
-        for module in self:
-            x = module(x)
-        return x
+        return functions.layers(x, [layer for module in self for layer in module.layers])
 
 
 class ResidualBlock(Block):

@@ -8,6 +8,7 @@ from chainer import links as L
 from chainer.initializers import HeNormal
 
 from resnet import functions
+from resnet.functions import Layer
 
 
 def convolution(channels_in: int, channels: int, rng: np.random.RandomState) -> L.Convolution2D:
@@ -38,10 +39,13 @@ class PlainModule(chainer.Chain):
             self.conv2 = convolution(channels, channels, rng)
             self.bn2 = L.BatchNormalization(channels)
 
+    @property
+    def layers(self) -> tuple[Layer, Layer]:
+        return Layer(self.conv1.W, self.bn1, self.stride), Layer(self.conv2.W, self.bn2)
+
     def forward(self, x):
         """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
-        h = functions.layer(x, self.conv1.W, self.bn1, self.stride)
-        return functions.layer(h, self.conv2.W, self.bn2)
+        return functions.layers(x, self.layers)
 
 
 class ResidualModule(PlainModule):
@@ -50,6 +54,7 @@ class ResidualModule(PlainModule):
     Where the shape changes, x is subsampled and padded with channels of zeros (option A).
     """
 
-    def forward(self, x):
-        h = functions.layer(x, self.conv1.W, self.bn1, self.stride)
-        return functions.layer(h, self.conv2.W, self.bn2, shortcut=x)
+    @property
+    def layers(self) -> tuple[Layer, Layer]:
+        first, second = super().layers
+        return first, second._replace(around=2)

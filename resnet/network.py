@@ -35,7 +35,7 @@ class Stem(chainer.Chain):
 
     def forward(self, x):
         """(N, 3, 32, 32) -> (N, channels, 32, 32)."""
-        return functions.layer(x, self.conv.W, self.bn)
+        return functions.layers(x, [functions.Layer(self.conv.W, self.bn)])
 
 
 class Network(chainer.Chain):

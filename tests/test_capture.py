@@ -28,7 +28,7 @@ class Small(chainer.Chain):
             self.fc = L.Linear(8, 10, initialW=rng.randn(10, 8))
 
     def forward(self, x):
-        h = functions.layer(x, self.conv.W, self.bn, 2)
+        h = functions.layers(x, [functions.Layer(self.conv.W, self.bn, 2)])
         return functions.linear(functions.average_pooling(h), self.fc.W, self.fc.b)
 
 

@@ -54,7 +54,7 @@ def run_layer(x, shortcut=None, stride=1, channels=16):
     """Output and all gradients of a layer, by name."""
     bn, w = make_layer(channels, x.shape[1])
     variables = [chainer.Variable(a.copy()) for a in (x, shortcut) if a is not None]
-    y = functions.layer(variables[0], w, bn, stride, *variables[1:])
+    y = functions._backend.layer(variables[0], w, bn, stride, *variables[1:])
     y = stock.average_pooling(y) if y.dtype == np.float32 else functions.average_pooling(y)
     y.grad = normal(*y.shape, seed=4)
     y.backward()
@@ -172,7 +172,7 @@ def test_a_number_that_is_none_stays_visible(gpu):
     x = normal(2, 16, 8, 8)
     x[0, 3, 2, 2] = np.nan
     bn, w = make_layer()
-    y = functions.average_pooling(functions.layer(x, w, bn))
+    y = functions.average_pooling(functions._backend.layer(x, w, bn))
     loss = functions.softmax_cross_entropy(functions.linear(y, normal(10, 16), normal(10)),
                                            np.zeros(2, np.int32))  # fmt: skip
     assert np.isnan(loss.array)
@@ -297,7 +297,7 @@ def test_gradients_of_gradients_are_chainers(gpu):
     def penalty():
         bn, w = make_layer()
         x = chainer.Variable(normal(2, 16, 8, 8))
-        y = functions.average_pooling(functions.layer(x, w, bn, 1, x))
+        y = functions.average_pooling(functions._backend.layer(x, w, bn, 1, x))
         y = functions.linear(y, chainer.Parameter(normal(10, 16)), chainer.Parameter(normal(10)))
         t = np.arange(2, dtype=np.int32)
         if functions._backend is stock:
@@ -318,7 +318,7 @@ def test_gradients_of_gradients_are_chainers(gpu):
 @pytest.mark.parametrize("gpu", ["fp16"], indirect=True)
 def test_gradients_of_gradients_are_refused_in_float16(gpu):
     bn, w = make_layer()
-    y = F.sum(functions.average_pooling(functions.layer(normal(2, 16, 8, 8), w, bn)))
+    y = F.sum(functions.average_pooling(functions._backend.layer(normal(2, 16, 8, 8), w, bn)))
     with pytest.raises(RuntimeError, match="fp32"):
         chainer.grad([y], [w], enable_double_backprop=True)
 
@@ -328,14 +328,14 @@ def test_gradients_of_gradients_are_refused_in_float16(gpu):
 def test_what_it_is_not_made_for_goes_to_chainers_own_functions(gpu):
     bn, w = make_layer(6, 16)  # 6 channels are no multiple of 16 bytes
     x = normal(2, 16, 8, 8)
-    first = functions.layer(x, make_layer()[1], make_layer()[0])
+    first = functions._backend.layer(x, make_layer()[1], make_layer()[0])
     launched = len(gpu.module.launched)
-    y = functions.layer(first, w, bn)
+    y = functions._backend.layer(first, w, bn)
     assert y.dtype == np.float32 and len(gpu.module.launched) == launched
     expected = F.relu(make_layer(6)[0](F.convolution_2d(first.array.astype("f"), w, pad=1)))
     np.testing.assert_allclose(y.array, expected.array, rtol=1e-4, atol=1e-5)
-    wide = functions.layer(normal(2, 512, 4, 4), chainer.Parameter(normal(512, 512, 3, 3) / 50),
-                           L.BatchNormalization(512))  # fmt: skip
+    w = chainer.Parameter(normal(512, 512, 3, 3) / 50)
+    wide = functions._backend.layer(normal(2, 512, 4, 4), w, L.BatchNormalization(512))
     assert wide.dtype == np.float32 and len(gpu.module.launched) == launched
 
 

@@ -84,75 +84,93 @@ def their_normalization(bn):
     return averages, parameters
 
 
-LAYERS = [  # input, channels, stride, shortcut
-    ((4, 3, 32, 32), 16, 1, None),
-    ((4, 16, 32, 32), 16, 1, (4, 16, 32, 32)),
-    ((4, 16, 32, 32), 32, 2, None),
-    ((2, 32, 16, 16), 32, 1, (2, 16, 32, 32)),
-    ((2, 32, 16, 16), 64, 2, None),
-    ((2, 64, 8, 8), 64, 1, (2, 64, 8, 8)),
-    ((1, 64, 8, 8), 64, 1, (1, 32, 16, 16)),
-    ((3, 5, 7, 9), 6, 1, (3, 6, 7, 9)),
-    ((3, 5, 7, 9), 6, 2, (3, 5, 7, 9)),
+CHAINS = [  # input; of each layer: channels, stride, around how many layers its shortcut goes
+    ((4, 3, 32, 32), [(16, 1, 0)]),
+    ((4, 16, 32, 32), [(16, 1, 1)]),
+    ((4, 16, 32, 32), [(32, 2, 1)]),
+    ((7, 16, 32, 32), [(16, 1, 0), (16, 1, 2)]),
+    ((4, 16, 32, 32), [(32, 2, 0), (32, 1, 2)]),
+    ((2, 32, 16, 16), [(64, 2, 0), (64, 1, 2), (64, 1, 0), (64, 1, 2)]),
+    ((5, 64, 8, 8), [(64, 1, 0), (64, 1, 0), (64, 1, 0)]),
+    ((1, 64, 8, 8), [(64, 1, 0), (64, 1, 2)]),
+    ((3, 5, 7, 9), [(6, 1, 0), (6, 2, 2)]),
+    ((3, 8, 9, 9), [(8, 1, 1), (8, 1, 2), (8, 1, 0), (8, 1, 4)]),
 ]
+
+
+def make_chain(backend, shape, layers):
+    """Layers for the door, and the same for PyTorch in double precision."""
+    ours, theirs, channels_in = [], [], shape[1]
+    for channels, stride, around in layers:
+        bn = make_normalization(backend, channels)
+        w = make_weights(channels, channels_in)
+        weights = chainer.Parameter(backend.send(w))
+        weights.cleargrad()
+        ours.append(functions.Layer(weights, bn, stride, around))
+        tensor = torch.tensor(w, dtype=torch.float64, requires_grad=True)
+        theirs.append((tensor, *their_normalization(bn), stride, around))
+        channels_in = channels
+    return ours, theirs
+
+
+def run_theirs(x, layers, train):
+    inputs = [x]
+    for w, averages, parameters, stride, around in layers:
+        h = F.conv2d(inputs[-1], w, stride=stride, padding=1)
+        h = F.batch_norm(h, *averages, *parameters, training=train, momentum=0.1, eps=EPS)
+        inputs.append(F.relu(h + option_a(inputs[-around], h) if around else h))
+    return inputs[-1]
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "test"])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("shape", "channels", "stride", "added"), LAYERS)
-def test_layer(backend, shape, channels, stride, added, channels_last, train):
-    bn = make_normalization(backend, channels)
-    (mean, var), (gamma, beta) = their_normalization(bn)
-
-    def theirs(x, w, *shortcut):
-        h = F.conv2d(x, w, stride=stride, padding=1)
-        y = F.batch_norm(h, mean, var, gamma, beta, training=train, momentum=0.1, eps=EPS)
-        return F.relu(y + option_a(shortcut[0], y) if shortcut else y)
-
-    arrays = [images(*shape, channels_last=channels_last), make_weights(channels, shape[1])]
-    if added:
-        arrays.append(images(*added, channels_last=channels_last))
+@pytest.mark.parametrize(("shape", "layers"), CHAINS)
+def test_layers(backend, shape, layers, channels_last, train):
+    ours, theirs = make_chain(backend, shape, layers)
     with chainer.using_config("train", train):
-        compare(backend, lambda x, w, *s: functions.layer(x, w, bn, stride, *s), theirs, *arrays)
-    assert_close(bn.gamma.grad, gamma.grad)
-    assert_close(bn.beta.grad, beta.grad)
-    assert_close(bn.avg_mean, mean)  # torch updates them in place, in training only
-    assert_close(bn.avg_var, var)
+        compare(
+            backend,
+            lambda x: functions.layers(x, ours),
+            lambda x: run_theirs(x, theirs, train),
+            images(*shape, channels_last=channels_last),
+        )
+    for layer, (w, (mean, var), (gamma, beta), *_) in zip(ours, theirs, strict=True):
+        assert_close(layer.W.grad, w.grad)
+        assert_close(layer.bn.gamma.grad, gamma.grad)
+        assert_close(layer.bn.beta.grad, beta.grad)
+        assert_close(layer.bn.avg_mean, mean)  # torch updates them in place, in training only
+        assert_close(layer.bn.avg_var, var)
 
 
-@pytest.mark.parametrize(("shape", "channels", "stride", "added"), LAYERS)
-def test_layer_without_gradients_at_test_time(backend, shape, channels, stride, added):
+@pytest.mark.parametrize(("shape", "layers"), CHAINS)
+def test_layers_without_gradients_at_test_time(backend, shape, layers):
     """How a trained network is evaluated."""
-    bn = make_normalization(backend, channels)
-    averages, parameters = their_normalization(bn)
-    x, w = images(*shape), make_weights(channels, shape[1])
-    h = F.conv2d(torch.tensor(x).double(), torch.tensor(w).double(), stride=stride, padding=1)
-    expected = F.batch_norm(h, *averages, *parameters, eps=EPS)
-    shortcut = added and images(*added)
-    if added:
-        expected = expected + option_a(torch.tensor(shortcut).double(), expected)
-        shortcut = backend.send(shortcut)
+    ours, theirs = make_chain(backend, shape, layers)
+    x = images(*shape)
     with chainer.using_config("train", False), chainer.no_backprop_mode():
-        y = functions.layer(backend.send(x), backend.send(w), bn, stride, shortcut)
-    assert_close(y.array, F.relu(expected))
+        y = functions.layers(backend.send(x), ours)
+    assert_close(y.array, run_theirs(torch.tensor(x).double(), theirs, train=False))
 
 
-def test_one_variable_on_every_way_through_a_layer(backend):
+def test_one_variable_on_every_way_through_two_layers(backend):
     """Its gradients add up: as input and shortcut, and of both layers that it enters."""
     x, w = random(2, 8, 8, 8), random(8, 8, 3, 3) / 8
     variable, weights = (chainer.Variable(backend.send(a)) for a in (x, w))
     bn = L.BatchNormalization(8)
     bn.to_device(backend)
-    y = functions.layer(variable, weights, bn, 1, variable)
-    y = functions.layer(y, weights, bn, 1, variable)
+    layer = functions.Layer(weights, bn, around=1)
+    y = functions.layers(variable, [layer, layer._replace(around=2)])
+    y = functions.layers(functions.add_relu(y, variable), [layer])
     chainer.functions.sum(y * y).backward()
     tensor, filters = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, w))
 
-    def theirs(h):
-        h = F.batch_norm(F.conv2d(h, filters, padding=1), None, None, training=True, eps=EPS)
-        return F.relu(h + tensor)
+    def theirs(h, shortcut):
+        y = F.batch_norm(F.conv2d(h, filters, padding=1), None, None, training=True, eps=EPS)
+        return F.relu(y + shortcut)
 
-    theirs(theirs(tensor)).square().sum().backward()
+    h = theirs(theirs(tensor, tensor), tensor)
+    h = F.relu(h + tensor)
+    theirs(h, h).square().sum().backward()
     assert_close(variable.grad, tensor.grad)
     assert_close(weights.grad, filters.grad)
 
@@ -164,7 +182,7 @@ def test_running_averages_follow_torch_with_the_unbiased_variance(backend):
     w = make_weights(8, 4)
     for batch in range(3):
         x = random(2, 4, 3, 3 + batch)  # 18 values: the variances differ by 1 in 17
-        functions.layer(chainer.Variable(backend.send(x)), backend.send(w), bn)
+        functions.layers(backend.send(x), [functions.Layer(backend.send(w), bn)])
         theirs(F.conv2d(torch.tensor(x).double(), torch.tensor(w).double(), padding=1))
     assert_close(bn.avg_mean, theirs.running_mean)
     assert_close(bn.avg_var, theirs.running_var)

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import chainer
+from chainer import links  # noqa: F401  chainer.links is an attribute only once it is imported
 
 from resnet.functions import capture, cuda, onednn, stock
 from resnet.functions.cudnn import PRECISIONS
@@ -76,14 +81,26 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def layer(x, W, bn, stride: int = 1, shortcut=None):
+class Layer(NamedTuple):
     """``relu(BN(convolution(x, W)) + A(shortcut))``; A is the option A shortcut.
 
-    3x3 convolution with padding 1 and no bias: (N, C, H, W) -> (N, K, H/stride, W/stride). BN is
-    the link ``bn``: in training mode the statistics are the batch's and its running averages are
-    updated as ``chainer.functions.batch_normalization`` does; otherwise the averages are used.
+    Args:
+        W: Weights of a 3x3 convolution with padding 1 and no bias, (K, C, 3, 3).
+        bn: Link; in training mode the statistics are the batch's and its running averages are
+            updated as ``chainer.functions.batch_normalization`` does, else the averages are used.
+        stride: 1 or 2: (N, C, H, W) -> (N, K, H/stride, W/stride).
+        around: Number of layers, this one included, that the shortcut goes around; 0: no shortcut.
     """
-    return _backend.layer(x, W, bn, stride, shortcut)
+
+    W: chainer.Parameter
+    bn: chainer.links.BatchNormalization
+    stride: int = 1
+    around: int = 0
+
+
+def layers(x, layers: Sequence[Layer]):
+    """Layers in a row. A backend may keep little of what lies between them."""
+    return _backend.layers(x, layers)
 
 
 def add_relu(x, shortcut):

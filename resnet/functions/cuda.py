@@ -386,6 +386,10 @@ def layer(x, W, bn, stride: int = 1, shortcut=None):
     return _Layer(bn, stride).apply(inputs)[0]
 
 
+def layers(x, layers):
+    return stock.layers(x, layers, layer)
+
+
 class _AddReLU(_Node):
     """relu(x + A(shortcut))."""
 

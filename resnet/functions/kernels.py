@@ -1,34 +1,107 @@
-"""What lies between the convolutions, fused: batch normalization, shortcut and ReLU, compiled.
+"""The CPU backend's passes over a batch: convolutions and what lies between them, compiled.
 
-Arrays are channels last, float32, viewed as rows (M, C) of one or several pixels: the compiler
+Batch normalization needs sums over a whole batch, so a layer is computed in passes; within a pass,
+a thread takes a part of a few images through everything that can be done to it: what the
+convolution reads is made, and what it wrote is summed, in the cache.
+
+Arrays are channels last, float32, viewed as rows (N, M, C) of one or several pixels: the compiler
 makes good use of the processor's vectors only where C is large, so the caller joins pixels to rows
-and repeats what belongs to a channel. A sum over M is taken in chunks of rows whose results are
-added in a fixed order, so that it does not depend on the number of threads. ReLU lets NaN through,
-as NumPy's maximum does.
+and repeats what belongs to a channel. A sum is taken in parts and chunks of rows whose
+results are added in a fixed order, so that it does not depend on which thread took which part. ReLU
+lets NaN through, as NumPy's maximum does.
 """
 
 from __future__ import annotations
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 
 CHUNK = 64  # rows; float32 sums stay short, float64 sums few
 _compile = numba.njit(parallel=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+_inline = numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
 
 
-@_compile
-def partial_moments(x):
-    """Mean and sum of squared deviations of each chunk of rows, float32 (chunks, 2, C)."""
+@intrinsic
+def _set_handle(typing, function, memory, data):
+    """``dnnl_memory_set_data_handle`` at the address ``function``."""
+
+    def generate(context, builder, signature, arguments):
+        address, *rest = arguments
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.IntType(32), [word, word])
+        return builder.call(builder.inttoptr(address, kind.as_pointer()), rest)
+
+    return types.int32(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _execute(typing, function, primitive, stream, count, arguments):
+    """``dnnl_primitive_execute`` at the address ``function``."""
+
+    def generate(context, builder, signature, arguments):
+        address, primitive, stream, count, rest = arguments
+        word, integer = ir.IntType(64), ir.IntType(32)
+        kind = ir.FunctionType(integer, [word, word, integer, word])
+        function = builder.inttoptr(address, kind.as_pointer())
+        return builder.call(function, [primitive, stream, builder.trunc(count, integer), rest])
+
+    return types.int32(*[types.int64] * 5), generate
+
+
+@_inline
+def execute(call, a, b, c, scratch):
+    """Run a primitive on arrays; ``call`` is a row of a ``primitives.Convolution``'s.
+
+    Its values are the status of its last run, two functions, the primitive, a stream, the number
+    of arguments, their address, and a memory object for each of them.
+    """
+    _set_handle(call[1], call[7], a.ctypes.data)
+    _set_handle(call[1], call[8], b.ctypes.data)
+    _set_handle(call[1], call[9], c.ctypes.data)
+    _set_handle(call[1], call[10], scratch.ctypes.data)
+    call[0] = _execute(call[2], call[3], call[4], call[5], call[6])
+
+
+@_inline
+def _check(calls):
+    for k in range(len(calls)):
+        if calls[k, 0]:
+            raise RuntimeError("oneDNN could not compute a convolution")
+
+
+@_inline
+def _scale_shift_relu(x, scale, shift, y):
     rows, channels = x.shape
-    chunks = (rows + CHUNK - 1) // CHUNK
-    parts = np.zeros((chunks, 2, channels), np.float32)
-    for k in numba.prange(chunks):
-        first = x[k * CHUNK]
+    for i in range(rows):
+        for c in range(channels):
+            v = x[i, c] * scale[c] + shift[c]
+            y[i, c] = np.float32(0) if v <= 0 else v
+
+
+@_inline
+def _scale_shift_add_relu(x, scale, shift, shortcut, y):
+    rows, channels = x.shape
+    for i in range(rows):
+        for c in range(channels):
+            v = x[i, c] * scale[c] + shift[c] + shortcut[i, c]
+            y[i, c] = np.float32(0) if v <= 0 else v
+
+
+@_inline
+def _moments(x, part):
+    """Mean and sum of squared deviations of the rows, float64 (2, C)."""
+    rows, channels = x.shape
+    part[:] = 0
+    for begin in range(0, rows, CHUNK):
+        end = min(begin + CHUNK, rows)
+        # Relative to the chunk's first row: the mean may be large beside the deviation.
+        first = x[begin]
         total = np.zeros(channels, np.float32)  # of its own: nothing can alias it
         square = np.zeros(channels, np.float32)
-        begin, end = k * CHUNK, min((k + 1) * CHUNK, rows)
         whole = begin + (end - begin) // 4 * 4
-        # Relative to the chunk's first pixel: the mean may be large beside the deviation.
         for i in range(begin, whole, 4):
             for c in range(channels):
                 a, b = x[i, c] - first[c], x[i + 1, c] - first[c]
@@ -40,21 +113,176 @@ def partial_moments(x):
                 a = x[i, c] - first[c]
                 total[c] += a
                 square[c] += a * a
-        count = np.float32(end - begin)
+        count = np.float64(end - begin)
+        weight, cross = count / end, begin * count / end  # Chan's formula
         for c in range(channels):
-            parts[k, 0, c] = first[c] + total[c] / count
-            parts[k, 1, c] = max(square[c] - total[c] * total[c] / count, np.float32(0))
+            mean = np.float64(total[c]) / count
+            step = first[c] + mean - part[0, c]
+            part[0, c] += step * weight
+            part[1, c] += max(square[c] - total[c] * mean, 0.0) + step * step * cross
+
+
+@_inline
+def _mask_and_sum(x, g, y, mean, part):
+    """g = 0 where y is 0, in place; sums of g and of g * (x - mean), float64 (2, C)."""
+    rows, channels = x.shape
+    part[:] = 0
+    for begin in range(0, rows, CHUNK):
+        end = min(begin + CHUNK, rows)
+        total = np.zeros(channels, np.float32)  # of its own: nothing can alias it
+        product = np.zeros(channels, np.float32)
+        for i in range(begin, end):
+            for c in range(channels):
+                g[i, c] = np.float32(0) if y[i, c] <= 0 else g[i, c]
+        whole = begin + (end - begin) // 4 * 4
+        for i in range(begin, whole, 4):
+            for c in range(channels):
+                m = mean[c]
+                a, b, d, e = g[i, c], g[i + 1, c], g[i + 2, c], g[i + 3, c]
+                total[c] += (a + b) + (d + e)
+                product[c] += (a * (x[i, c] - m) + b * (x[i + 1, c] - m)) + (
+                    d * (x[i + 2, c] - m) + e * (x[i + 3, c] - m)
+                )
+        for i in range(whole, end):
+            for c in range(channels):
+                total[c] += g[i, c]
+                product[c] += g[i, c] * (x[i, c] - mean[c])
+        for c in range(channels):
+            part[0, c] += total[c]
+            part[1, c] += product[c]
+
+
+@_compile
+def convolve(calls, images, x, normalization, shortcut, out, w, h, work, scratch):
+    """h = convolution(relu(BN(x) + shortcut)); moments of the parts of h, float64 (parts, 2, C).
+
+    Args:
+        calls: The convolution's, one for each part of ``images`` images.
+        x: Rows of all images, (N, rows of an image, C); read as it is without normalization.
+        normalization: Of x, from ``scale_and_shift``, or empty.
+        shortcut: Rows, or empty: none.
+        out: Where to write what the convolution reads; if empty, it is not kept.
+        w: Weights as the convolution reads them.
+        h: Rows, to be written.
+        work: (threads, floats); the first ``scratch`` of a thread's are the convolution's.
+    """
+    parts = np.empty((len(calls), 2, h.shape[2]), np.float64)
+    for k in numba.prange(len(calls)):
+        own = work[numba.get_thread_id()]
+        some = slice(k * images, (k + 1) * images)
+        xs = x[some].reshape(-1, x.shape[2])
+        hs = h[some].reshape(-1, h.shape[2])
+        source = xs
+        if len(normalization):
+            if len(out):
+                source = out[some].reshape(xs.shape)
+            else:
+                source = own[scratch : scratch + xs.size].reshape(xs.shape)
+            if len(shortcut):
+                added = shortcut[some].reshape(xs.shape)
+                _scale_shift_add_relu(xs, normalization[0], normalization[1], added, source)
+            else:
+                _scale_shift_relu(xs, normalization[0], normalization[1], source)
+        execute(calls[k], source, w, hs, own)
+        _moments(hs, parts[k])
+    _check(calls)
+    return parts
+
+
+@_compile
+def output_gradient(images, h, gy, y, mean, g):
+    """g = gy where y is above 0, else 0: the gradient before the ReLU; sums as _mask_and_sum's."""
+    count = (len(h) + images - 1) // images
+    parts = np.empty((count, 2, h.shape[2]), np.float64)
+    for k in numba.prange(count):
+        some = slice(k * images, (k + 1) * images)
+        g[some] = gy[some]
+        hs, gs = h[some].reshape(-1, h.shape[2]), g[some].reshape(-1, h.shape[2])
+        _mask_and_sum(hs, gs, y[some].reshape(-1, h.shape[2]), mean, parts[k])
+    return parts
+
+
+@_compile
+def convolve_backward(
+    weights,
+    data,
+    images,
+    g,
+    h,
+    coefficients,
+    x,
+    normalization,
+    out,
+    w,
+    gw,
+    gx,
+    adds,
+    work,
+    scratch,
+):
+    """The gradients of ``convolve``'s weights and of what it reads.
+
+    Args:
+        weights, data: The convolution's calls.
+        g: Gradient of BN(h).
+        coefficients: Of the gradient of h, from ``input_coefficients``.
+        x, normalization: As ``convolve`` has them.
+        out: What the convolution read; if empty, it is made again.
+        w: Weights as ``data`` reads them.
+        gw: Gradients of the weights, a row for each part, to be written.
+        gx: Gradient of x, or of BN(x) where x is normalized, to be written; if empty, it is not.
+        adds: Whether to add to gx what is in it already.
+
+    Returns:
+        Where x is normalized, the sums over gx for ``input_coefficients``.
+    """
+    parts = np.empty((len(weights), 2, x.shape[2]), np.float64)
+    for k in numba.prange(len(weights)):
+        own = work[numba.get_thread_id()]
+        some = slice(k * images, (k + 1) * images)
+        xs = x[some].reshape(-1, x.shape[2])
+        hs, gs = h[some].reshape(-1, h.shape[2]), g[some].reshape(-1, h.shape[2])
+        end = scratch + hs.size
+        gh = own[scratch:end].reshape(hs.shape)
+        factor, slope, offset = coefficients[0], coefficients[1], coefficients[2]
+        for i in range(len(hs)):
+            for c in range(hs.shape[1]):
+                gh[i, c] = factor[c] * gs[i, c] + slope[c] * hs[i, c] + offset[c]
+        source = xs
+        if len(out):
+            source = out[some].reshape(xs.shape)
+        elif len(normalization):
+            source = own[end : end + xs.size].reshape(xs.shape)
+            _scale_shift_relu(xs, normalization[0], normalization[1], source)
+        execute(weights[k], source, gh, gw[k], own)
+        if len(gx):
+            gxs = gx[some].reshape(xs.shape)
+            if adds:
+                more = own[end + xs.size : end + 2 * xs.size].reshape(xs.shape)
+                execute(data[k], gh, w, more, own)
+                for i in range(len(gxs)):
+                    for c in range(gxs.shape[1]):
+                        gxs[i, c] += more[i, c]
+            else:
+                execute(data[k], gh, w, gxs, own)
+            if len(normalization):
+                _mask_and_sum(xs, gxs, source, normalization[2], parts[k])
+    _check(weights)
+    _check(data)
     return parts
 
 
 @numba.njit(cache=True)
-def moments(parts, rows, channels):
-    """Mean and (biased) variance of every channel, float32 (C,), from the parts of ``rows``."""
+def moments(parts, images, total, pixels, channels):
+    """Mean and (biased) variance of every channel, float32 (C,), from those of the parts.
+
+    ``images`` of the ``total`` are in a part, but for the last; ``pixels`` in a place of a row.
+    """
     mean = np.zeros(channels, np.float64)
     squares = np.zeros(channels, np.float64)
     seen = 0
     for k in range(len(parts)):  # Chan's formula: count, mean and squares of all values so far
-        count = min(CHUNK, rows - k * CHUNK)
+        count = min(images, total - k * images) * pixels
         for pixel in range(0, parts.shape[2], channels):
             for c in range(channels):
                 step = parts[k, 0, pixel + c] - mean[c]
@@ -66,7 +294,7 @@ def moments(parts, rows, channels):
 
 @numba.njit(cache=True)
 def scale_and_shift(mean, var, gamma, beta, eps, width):
-    """BN(x) = x * scale + shift; also mean and 1 / deviation. Float32 (width,), repeated."""
+    """BN(x) = x * scale + shift; also mean and 1 / deviation. Float32 (4, width), repeated."""
     channels = len(mean)
     values = np.empty((4, width), np.float32)
     for c in range(width):
@@ -81,12 +309,14 @@ def scale_and_shift(mean, var, gamma, beta, eps, width):
 
 
 @numba.njit(cache=True)
-def input_coefficients(parts, scale, mean, deviation, count, channels):
+def input_coefficients(parts, normalization, count, channels, constant):
     """From the gradient's sums those of gamma and beta (C,), and what the input's is made of.
 
     gx = factor * g + slope * x + offset is gamma / s * (g - avg(g) - xhat * avg(g * xhat)) with
-    xhat = (x - mean) / s; the three come as one float32 (3, width).
+    xhat = (x - mean) / s; where mean and s are ``constant``, it is gamma / s * g. The three come
+    as one float32 (3, width).
     """
+    scale, _, mean, deviation = normalization
     sums = np.zeros((2, channels), np.float64)
     for k in range(len(parts)):
         for i in range(2):
@@ -95,150 +325,79 @@ def input_coefficients(parts, scale, mean, deviation, count, channels):
                     sums[i, c] += parts[k, i, pixel + c]
     gbeta = sums[0].astype(np.float32)
     ggamma = sums[1].astype(np.float32) * deviation[:channels]
-    values = np.empty((3, len(scale)), np.float32)
+    values = np.zeros((3, len(scale)), np.float32)
     for c in range(len(scale)):
         k = c % channels
         values[0, c] = scale[c]
-        values[1, c] = -scale[c] * ggamma[k] * deviation[c] / count
-        values[2, c] = -scale[c] * gbeta[k] / count - values[1, c] * mean[c]
+        if not constant:
+            values[1, c] = -scale[c] * ggamma[k] * deviation[c] / count
+            values[2, c] = -scale[c] * gbeta[k] / count - values[1, c] * mean[c]
     return ggamma, gbeta, values
 
 
 @_compile
-def scale_shift_relu(x, scale, shift, y):
-    """y = relu(x * scale + shift)."""
-    rows, channels = x.shape
-    for i in numba.prange(rows):
-        for c in range(channels):
-            v = x[i, c] * scale[c] + shift[c]
-            y[i, c] = np.float32(0) if v <= 0 else v
+def finish(x, normalization, shortcut, y):
+    """y = relu(BN(x) + shortcut); none if it is empty."""
+    for k in numba.prange(len(x)):
+        if len(shortcut):
+            _scale_shift_add_relu(x[k], normalization[0], normalization[1], shortcut[k], y[k])
+        else:
+            _scale_shift_relu(x[k], normalization[0], normalization[1], y[k])
 
 
 @_compile
-def scale_shift_add_relu(x, scale, shift, shortcut, y):
-    """y = relu(x * scale + shift + shortcut)."""
-    rows, channels = x.shape
-    for i in numba.prange(rows):
-        for c in range(channels):
-            v = x[i, c] * scale[c] + shift[c] + shortcut[i, c]
-            y[i, c] = np.float32(0) if v <= 0 else v
+def widen(x, step, y):
+    """Option A: every ``step``-th pixel, and channels of zeros. Arrays are (N, H, W, C)."""
+    images, height, width, _ = y.shape
+    channels = x.shape[3]
+    for k in numba.prange(images):
+        for i in range(height):
+            for j in range(width):
+                y[k, i, j, :channels] = x[k, i * step, j * step]
+                y[k, i, j, channels:] = 0
+
+
+@_compile
+def widen_gradient(g, step, gx):
+    """The gradient of x in ``widen`` from that of y."""
+    images, height, width, _ = g.shape
+    channels = gx.shape[3]
+    for k in numba.prange(images):
+        gx[k] = 0
+        for i in range(height):
+            for j in range(width):
+                gx[k, i * step, j * step] = g[k, i, j, :channels]
 
 
 @_compile
 def add_relu(x, shortcut, y):
     """y = relu(x + shortcut)."""
-    rows, channels = x.shape
-    for i in numba.prange(rows):
-        for c in range(channels):
-            v = x[i, c] + shortcut[i, c]
-            y[i, c] = np.float32(0) if v <= 0 else v
+    images, rows, channels = x.shape
+    for k in numba.prange(images):
+        for i in range(rows):
+            for c in range(channels):
+                v = x[k, i, c] + shortcut[k, i, c]
+                y[k, i, c] = np.float32(0) if v <= 0 else v
 
 
 @_compile
 def masked(gy, y, g):
     """g = gy where y is above 0, else 0: the gradient before the ReLU."""
-    rows, channels = y.shape
-    for i in numba.prange(rows):
-        for c in range(channels):
-            g[i, c] = np.float32(0) if y[i, c] <= 0 else gy[i, c]
+    images, rows, channels = y.shape
+    for k in numba.prange(images):
+        for i in range(rows):
+            for c in range(channels):
+                g[k, i, c] = np.float32(0) if y[k, i, c] <= 0 else gy[k, i, c]
 
 
 @_compile
 def add(x, y):
     """y += x."""
-    rows, channels = x.shape
-    for i in numba.prange(rows):
-        for c in range(channels):
-            y[i, c] += x[i, c]
-
-
-@numba.njit(inline="always")
-def _before_relu(v, gy, scale, shift):
-    return np.float32(0) if v * scale + shift <= 0 else gy
-
-
-@_compile
-def gradient_sums(x, gy, scale, shift, mean):
-    """Sums over chunks of rows of g and of g * (x - mean), float32 (chunks, 2, C).
-
-    g is the gradient before the ReLU: gy where x * scale + shift is above 0, else 0.
-    """
-    rows, channels = x.shape
-    chunks = (rows + CHUNK - 1) // CHUNK
-    parts = np.zeros((chunks, 2, channels), np.float32)
-    for k in numba.prange(chunks):
-        total = np.zeros(channels, np.float32)  # of its own: nothing can alias it
-        product = np.zeros(channels, np.float32)
-        begin, end = k * CHUNK, min((k + 1) * CHUNK, rows)
-        whole = begin + (end - begin) // 4 * 4
-        for i in range(begin, whole, 4):
+    images, rows, channels = x.shape
+    for k in numba.prange(images):
+        for i in range(rows):
             for c in range(channels):
-                s, t, m = scale[c], shift[c], mean[c]
-                v0, v1, v2, v3 = x[i, c], x[i + 1, c], x[i + 2, c], x[i + 3, c]
-                g0 = _before_relu(v0, gy[i, c], s, t)
-                g1 = _before_relu(v1, gy[i + 1, c], s, t)
-                g2 = _before_relu(v2, gy[i + 2, c], s, t)
-                g3 = _before_relu(v3, gy[i + 3, c], s, t)
-                total[c] += (g0 + g1) + (g2 + g3)
-                product[c] += (g0 * (v0 - m) + g1 * (v1 - m)) + (g2 * (v2 - m) + g3 * (v3 - m))
-        for i in range(whole, end):
-            for c in range(channels):
-                g = _before_relu(x[i, c], gy[i, c], scale[c], shift[c])
-                total[c] += g
-                product[c] += g * (x[i, c] - mean[c])
-        parts[k, 0] = total
-        parts[k, 1] = product
-    return parts
-
-
-@_compile
-def masked_gradient_sums(x, gy, y, mean, g):
-    """The same, with the mask from the layer's output y; writes g, which the shortcut needs."""
-    rows, channels = x.shape
-    chunks = (rows + CHUNK - 1) // CHUNK
-    parts = np.zeros((chunks, 2, channels), np.float32)
-    for k in numba.prange(chunks):
-        total = np.zeros(channels, np.float32)  # of its own: nothing can alias it
-        product = np.zeros(channels, np.float32)
-        begin, end = k * CHUNK, min((k + 1) * CHUNK, rows)
-        whole = begin + (end - begin) // 2 * 2
-        for i in range(begin, whole, 2):
-            for c in range(channels):
-                g0 = np.float32(0) if y[i, c] <= 0 else gy[i, c]
-                g1 = np.float32(0) if y[i + 1, c] <= 0 else gy[i + 1, c]
-                g[i, c] = g0
-                g[i + 1, c] = g1
-                total[c] += g0 + g1
-                product[c] += g0 * (x[i, c] - mean[c]) + g1 * (x[i + 1, c] - mean[c])
-        for i in range(whole, end):
-            for c in range(channels):
-                v = np.float32(0) if y[i, c] <= 0 else gy[i, c]
-                g[i, c] = v
-                total[c] += v
-                product[c] += v * (x[i, c] - mean[c])
-        parts[k, 0] = total
-        parts[k, 1] = product
-    return parts
-
-
-@_compile
-def relu_input_gradient(x, gy, scale, shift, factor, slope, offset, gx):
-    """gx = factor * g + slope * x + offset, the gradient of a normalization's input."""
-    rows, channels = x.shape
-    for i in numba.prange(rows):
-        for c in range(channels):
-            v = x[i, c]
-            g = np.float32(0) if v * scale[c] + shift[c] <= 0 else gy[i, c]
-            gx[i, c] = factor[c] * g + slope[c] * v + offset[c]
-
-
-@_compile
-def input_gradient(x, g, factor, slope, offset, gx):
-    """The same for a gradient that has been masked."""
-    rows, channels = x.shape
-    for i in numba.prange(rows):
-        for c in range(channels):
-            gx[i, c] = factor[c] * g[i, c] + slope[c] * x[i, c] + offset[c]
+                y[k, i, c] += x[k, i, c]
 
 
 @_compile

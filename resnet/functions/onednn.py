@@ -7,6 +7,7 @@ not float32 on the CPU, or asks for gradients of gradients, is handed to Chainer
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 
@@ -63,7 +64,6 @@ def start() -> None:
     global _started
     _started = True
     kernels.numba.set_num_threads(min(threads(), kernels.numba.config.NUMBA_NUM_THREADS))
-    primitives.set_threads(threads())  # after Numba, which has just told OpenMP of all processors
     _reuse_memory()
 
 
@@ -97,142 +97,234 @@ def _channels_last(x: np.ndarray) -> np.ndarray:
     """x itself when it is channels last in memory, else a copy that is."""
     if x.transpose(0, 2, 3, 1).flags.c_contiguous:
         return x
-    y = primitives.empty(x.shape)
-    y[...] = x
-    return y
+    return np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+
+def _row_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Of (N, C, H, W) as rows of pixels, joined up to ``WIDTH`` values of one image."""
+    n, channels, height, width = shape
+    joined = math.gcd(height * width, max(1, WIDTH // channels))
+    return n, height * width // joined, joined * channels
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
-    """A channels-last (N, C, H, W) seen as rows of pixels, joined up to ``WIDTH`` values."""
-    channels = x.shape[1]
-    pixels = x.size // channels
-    joined = math.gcd(pixels, max(1, WIDTH // channels))
-    return x.transpose(0, 2, 3, 1).reshape(-1, joined * channels)
+    """A channels-last (N, C, H, W) as rows."""
+    return x.transpose(0, 2, 3, 1).reshape(_row_shape(x.shape))
 
 
-class _Layer(Node):
-    """relu(BN(convolution(x, W)) + A(shortcut)) with the statistics of the batch."""
+def _images(rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Rows as (N, C, H, W), channels last in memory."""
+    n, c, h, w = shape
+    return rows.reshape(n, h, w, c).transpose(0, 3, 1, 2)
 
-    def __init__(self, bn, stride: int) -> None:
+
+def _empty_rows(shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(_row_shape(shape), np.float32)
+
+
+_NOTHING = np.empty((0, 0), np.float32)
+_NO_ROWS = np.empty((0, 0, 0), np.float32)
+
+
+@functools.cache
+def _work(floats: int) -> np.ndarray:
+    """Working memory of every thread."""
+    return np.empty((kernels.numba.config.NUMBA_NUM_THREADS, floats), np.float32)
+
+
+class _Layers(Node):
+    """Layers in a row, with shortcuts around some of them.
+
+    What lies between two layers is kept only where a shortcut begins or ends; elsewhere it is made
+    again from what the convolution wrote, part of the batch by part, in the cache. "Input i" is
+    what layer i reads; the last one is the output.
+    """
+
+    def __init__(self, layers) -> None:
         super().__init__()
-        self.bn = bn
-        self.stride = stride
+        self.layers = layers
+        self.trains = chainer.config.train
 
-    def reference(self, x, w, gamma, beta, shortcut=None):
-        h = stock.convolution(x, w, self.stride)
-        y = F.batch_normalization(h, gamma, beta, eps=self.bn.eps)
-        return F.relu(y if shortcut is None else y + stock.as_shortcut(shortcut, y))
+    def reference(self, x, *parameters):
+        pairs = zip(parameters[::3], self.layers, strict=True)
+        layers = [layer._replace(W=W) for W, layer in pairs]
+        others = (p for i, p in enumerate(parameters) if i % 3)  # gamma and beta of each
+
+        def layer(x, W, bn, stride, shortcut):
+            h = stock.convolution(x, W, stride)
+            if self.trains:
+                y = F.batch_normalization(h, next(others), next(others), eps=bn.eps)
+            else:
+                y = F.fixed_batch_normalization(
+                    h, next(others), next(others), bn.avg_mean, bn.avg_var, eps=bn.eps
+                )
+            return F.relu(y if shortcut is None else y + stock.as_shortcut(shortcut, y))
+
+        return stock.layers(x, layers, layer)
 
     def forward(self, inputs):
         self.retain_inputs(tuple(range(len(inputs))))
-        x, w, gamma, beta, *shortcut = inputs
-        self.x = _channels_last(x)
-        self.convolution = primitives.convolution(x.shape, len(w), self.stride)
-        self.h = self.convolution.forward(self.x, np.ascontiguousarray(w))
-        rows = _rows(self.h)
-        mean, var = kernels.moments(kernels.partial_moments(rows), len(rows), len(w))
-        self._update_averages(self.h.size // len(w), mean, var)
-        self.normalization = _scale_and_shift(self.h, mean, var, gamma, beta, self.bn.eps)
-        y = primitives.empty(self.h.shape)
-        _finish(self.h, self.normalization, shortcut, y)
-        if shortcut:  # otherwise its mask is computed again: to read y costs more
-            self.y = y
-        return (y,)
+        x, *parameters = inputs
+        # Of layer i: shape and rows of input i (if kept), of what the convolution wrote, and more.
+        self.shapes, self.kept = [x.shape], {0: _rows(_channels_last(x))}
+        self.convolutions, self.hs, self.normalizations = [], [], []
+        ends = {i + 1: i + 1 - layer.around for i, layer in enumerate(self.layers) if layer.around}
+        h, normalization = self.kept[0], _NOTHING
+        for i, (_, bn, stride, _) in enumerate(self.layers):
+            w, gamma, beta = parameters[3 * i : 3 * i + 3]
+            convolution = primitives.convolution(self.shapes[i], len(w), stride, threads())
+            y = _empty_rows(convolution.out_shape)
+            shortcut = self._shortcut(ends.get(i), i)
+            if i > 0 and (i in ends or i in ends.values()):
+                self.kept[i] = np.empty_like(h)
+            parts = kernels.convolve(
+                convolution.forward,
+                convolution.images,
+                h,
+                normalization,
+                shortcut,
+                self.kept.get(i, _NO_ROWS),
+                convolution.forward_weights(w),
+                y,
+                _work(convolution.work),
+                convolution.scratch,
+            )
+            normalization = self._normalization(bn, parts, convolution, gamma, beta)
+            self.shapes.append(convolution.out_shape)
+            self.convolutions.append(convolution)
+            self.normalizations.append(normalization)
+            self.hs.append(h := y)
+            if not chainer.config.enable_backprop:  # nothing will come back for them
+                self.hs.clear()
+                later = {start for end, start in ends.items() if end > i}
+                self.kept = {k: rows for k, rows in self.kept.items() if k in later}
+        last = len(self.layers)
+        shortcut = self._shortcut(ends.get(last), last)
+        self.kept[last] = np.empty_like(h)
+        kernels.finish(h, normalization, shortcut, self.kept[last])
+        return (_images(self.kept[last], self.shapes[last]),)
 
-    def _update_averages(self, count: int, mean: np.ndarray, var: np.ndarray) -> None:
+    def _shortcut(self, start: int | None, end: int) -> np.ndarray:
+        """A(input ``start``), of the shape of input ``end``."""
+        if start is None:
+            return _NO_ROWS
+        return _widen(self.kept[start], self.shapes[start], self.shapes[end])
+
+    def _normalization(self, bn, parts, convolution, gamma, beta) -> np.ndarray:
+        """scale, shift, mean and 1 / deviation, each repeated for the pixels that a row joins."""
+        n, channels, *size = convolution.out_shape
+        width = parts.shape[2]
+        if self.trains:
+            pixels = math.prod(size) // (width // channels)
+            mean, var = kernels.moments(parts, convolution.images, n, pixels, channels)
+            self._update_averages(bn, n * math.prod(size), mean, var)
+        else:
+            mean, var = bn.avg_mean, bn.avg_var
+        return kernels.scale_and_shift(mean, var, gamma, beta, np.float32(bn.eps), width)
+
+    def _update_averages(self, bn, count: int, mean: np.ndarray, var: np.ndarray) -> None:
         # As chainer.functions.batch_normalization does, with the unbiased variance.
-        bn = self.bn
         bn.avg_mean *= bn.decay
         bn.avg_mean += (1 - bn.decay) * mean
         bn.avg_var *= bn.decay
         bn.avg_var += (1 - bn.decay) * (count / max(count - 1.0, 1.0)) * var
 
     def gradients(self, indexes, gy, before):
-        _, w, _, _, *shortcut = (v.array for v in self.get_retained_inputs())
-        gy = _channels_last(gy)
-        h, g = _rows(self.h), _rows(gy)
-        scale, shift, mean, deviation = self.normalization
-        if shortcut:
-            before_relu = primitives.empty(gy.shape)
-            parts = kernels.masked_gradient_sums(h, g, _rows(self.y), mean, _rows(before_relu))
-            gy, g = before_relu, _rows(before_relu)
-        else:
-            parts = kernels.gradient_sums(h, g, scale, shift, mean)
-        count = np.float32(self.h.size // len(w))
-        ggamma, gbeta, coefficients = kernels.input_coefficients(
-            parts, scale, mean, deviation, count, len(w)
-        )
-        gh = primitives.empty(gy.shape)
-        if shortcut:
-            kernels.input_gradient(h, g, *coefficients, _rows(gh))
-        else:
-            kernels.relu_input_gradient(h, g, scale, shift, *coefficients, _rows(gh))
-        results = {2: ggamma, 3: gbeta, 1: self.convolution.backward_weights(self.x, gh)}
-        if indexes[0] == 0:
-            results[0] = gx = self.convolution.backward_data(gh, np.ascontiguousarray(w))
+        weights = [v.array for v in self.get_retained_inputs()[1::3]]
+        last = len(self.layers)
+        gy = _rows(_channels_last(gy))
+        g = np.empty_like(gy)
+        images, mean = self.convolutions[-1].images, self.normalizations[-1][2]
+        parts = kernels.output_gradient(images, self.hs[-1], gy, self.kept[last], mean, g)
+        results = {}
+        added = {}  # by shortcuts, to the gradient of input i
+        for i in reversed(range(last)):
+            convolution, h, w = self.convolutions[i], self.hs[i], weights[i]
+            n, channels, *size = convolution.out_shape
+            ggamma, gbeta, coefficients = kernels.input_coefficients(
+                parts, self.normalizations[i], n * math.prod(size), channels, not self.trains
+            )
+            if around := self.layers[i].around:
+                start = i + 1 - around
+                more = _shortcut_gradient(g, self.shapes[i + 1], self.shapes[start])
+                if start in added:
+                    kernels.add(more, added[start])
+                else:
+                    added[start] = more
+            x, normalization, out = self.kept[0], _NOTHING, _NO_ROWS
+            if i > 0:
+                x, normalization = self.hs[i - 1], self.normalizations[i - 1]
+                out = self.kept.get(i, _NO_ROWS)
+            adds, gx = i in added, _NO_ROWS
+            if i > 0 or 0 in indexes:
+                gx = added.pop(i) if adds else np.empty_like(x)
+            gw = convolution.empty_gradients()
+            parts = kernels.convolve_backward(
+                convolution.weights,
+                convolution.data,
+                convolution.images,
+                g,
+                h,
+                coefficients,
+                x,
+                normalization,
+                out,
+                convolution.data_weights(w),
+                gw,
+                gx,
+                adds,
+                _work(convolution.work),
+                convolution.scratch,
+            )
+            results[1 + 3 * i] = convolution.weights_gradient(gw)
+            results[2 + 3 * i], results[3 + 3 * i] = ggamma, gbeta
+            g = gx
+        if 0 in indexes:
+            results[0] = _images(gx, self.shapes[0])
             earlier, *before = before
-            if earlier is not None:  # the shortcut's, the one sum that is large
-                kernels.add(_rows(_channels_last(earlier)), _rows(gx))
-            before.insert(0, None)
-        if shortcut:
-            results[4] = _shortcut_gradient(gy, shortcut[0].shape)
+            if earlier is not None:  # the one sum that is large
+                kernels.add(_rows(_channels_last(earlier)), gx)
+            before = [None, *before]
         return accumulated(indexes, results, before)
 
 
-def _scale_and_shift(h, mean, var, gamma, beta, eps) -> np.ndarray:
-    """scale, shift, mean and 1 / deviation, each repeated for the pixels that a row joins."""
-    width = _rows(h).shape[1]
-    return kernels.scale_and_shift(mean, var, gamma, beta, np.float32(eps), width)
+def layers(x, layers):
+    inputs = [x]
+    for layer in layers:
+        inputs += [layer.W, layer.bn.gamma, layer.bn.beta]
+    kernel = (primitives.KERNEL,) * 2
+    if not _fits(*inputs) or any(layer.W.shape[2:] != kernel for layer in layers):
+        return stock.layers(x, layers)
+    return _Layers(layers).apply(inputs)[0]
 
 
-def layer(x, W, bn, stride: int = 1, shortcut=None):
-    inputs = (x, W, bn.gamma, bn.beta) + (() if shortcut is None else (shortcut,))
-    trains = chainer.config.train
-    if (
-        not _fits(*inputs)
-        or W.shape[2:] != (primitives.KERNEL,) * 2
-        or (chainer.config.enable_backprop and not trains)
-    ):
-        return stock.layer(x, W, bn, stride, shortcut)
-    if trains:
-        return _Layer(bn, stride).apply(inputs)[0]
-    x, w, gamma, beta, *added = (getattr(v, "array", v) for v in inputs)
-    x, w = _channels_last(x), np.ascontiguousarray(w)
-    y = primitives.convolution(x.shape, len(w), stride).forward(x, w)
-    normalization = _scale_and_shift(y, bn.avg_mean, bn.avg_var, gamma, beta, bn.eps)
-    _finish(y, normalization, added, y)
-    return chainer.as_variable(y)
+def _step(shape: tuple[int, ...], small: tuple[int, ...]) -> int:
+    return -(-shape[2] // small[2])
 
 
-def _finish(h, normalization, shortcut, y) -> None:
-    """y = relu(BN(h) [+ A(shortcut)])."""
-    scale, shift = normalization[:2]
-    if shortcut:
-        added = _rows(_widen(shortcut[0], h.shape))
-        kernels.scale_shift_add_relu(_rows(h), scale, shift, added, _rows(y))
-    else:
-        kernels.scale_shift_relu(_rows(h), scale, shift, _rows(y))
+def _widen(rows: np.ndarray, shape: tuple[int, ...], wanted: tuple[int, ...]) -> np.ndarray:
+    """A(rows): themselves, or subsampled with channels of zeros appended (option A)."""
+    if shape == wanted:
+        return rows
+    n, c, h, w = wanted
+    y = np.empty((n, h, w, c), np.float32)
+    kernels.widen(_nhwc(rows, shape), _step(shape, wanted), y)
+    return y.reshape(_row_shape(wanted))
 
 
-def _widen(shortcut: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A(shortcut): itself, or subsampled with channels of zeros appended (option A)."""
-    if shortcut.shape == shape:
-        return _channels_last(shortcut)
-    y = np.zeros((shape[0], *shape[2:], shape[1]), np.float32).transpose(0, 3, 1, 2)
-    step = -(-shortcut.shape[2] // shape[2])
-    y[:, : shortcut.shape[1]] = shortcut[:, :, ::step, ::step]
-    return y
-
-
-def _shortcut_gradient(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Gradient of the shortcut's input, from that of A(shortcut)."""
-    if g.shape == shape:
+def _shortcut_gradient(g, shape: tuple[int, ...], wanted: tuple[int, ...]) -> np.ndarray:
+    """Gradient of the rows of ``_widen``, of shape ``wanted``, from that of its result."""
+    if shape == wanted:
         return g
+    n, c, h, w = wanted
+    gx = np.empty((n, h, w, c), np.float32)
+    kernels.widen_gradient(_nhwc(g, shape), _step(wanted, shape), gx)
+    return gx.reshape(_row_shape(wanted))
+
+
+def _nhwc(rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     n, c, h, w = shape
-    gx = np.zeros((n, h, w, c), np.float32).transpose(0, 3, 1, 2)
-    step = -(-h // g.shape[2])
-    gx[:, :, ::step, ::step] = g[:, :c]
-    return gx
+    return rows.reshape(n, h, w, c)
 
 
 class _AddReLU(Node):
@@ -244,16 +336,17 @@ class _AddReLU(Node):
     def forward(self, inputs):
         self.retain_inputs((0, 1))
         x, shortcut = inputs
-        self.y = primitives.empty(x.shape)
-        added = _widen(shortcut, x.shape)
-        kernels.add_relu(_rows(_channels_last(x)), _rows(added), _rows(self.y))
-        return (self.y,)
+        self.y = _empty_rows(x.shape)
+        added = _widen(_rows(_channels_last(shortcut)), shortcut.shape, x.shape)
+        kernels.add_relu(_rows(_channels_last(x)), added, self.y)
+        return (_images(self.y, x.shape),)
 
     def gradients(self, indexes, gy, before):
-        g = primitives.empty(gy.shape)
-        kernels.masked(_rows(_channels_last(gy)), _rows(self.y), _rows(g))
-        shape = self.get_retained_inputs()[1].shape
-        results = (g, _shortcut_gradient(g, shape))
+        x, shortcut = self.get_retained_inputs()
+        g = np.empty_like(self.y)
+        kernels.masked(_rows(_channels_last(gy)), self.y, g)
+        other = _shortcut_gradient(g, x.shape, shortcut.shape)
+        results = _images(g, x.shape), _images(other, shortcut.shape)
         return accumulated(indexes, results, before)
 
 

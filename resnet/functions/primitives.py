@@ -2,14 +2,18 @@
 
 Arrays are float32, logically NCHW, channels last in memory. A primitive is built once per shape
 and kept; oneDNN chooses the layout of the weights, so they are reordered on their way in and out.
+A convolution goes through a batch in parts of a few images, each of them computed by one thread, so
+that what comes before and after it finds the part in the cache (see ``kernels``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import glob
 import importlib.metadata
+import math
 import os
 import sys
 from ctypes import byref, c_int, c_size_t, c_void_p
@@ -19,9 +23,12 @@ import numpy as np
 F32, CPU, IN_ORDER = 3, 1, 1  # dnnl_f32, dnnl_cpu, dnnl_stream_in_order
 TAG_ANY = 1  # dnnl_format_tag_any: oneDNN chooses
 FORWARD_TRAINING, DIRECT = 64, 1  # dnnl_forward_training, dnnl_convolution_direct
+SCRATCHPAD_OF_USER = 1  # dnnl_scratchpad_mode_user
 SRC, DST, WEIGHTS, DIFF_SRC, DIFF_DST, DIFF_WEIGHTS = 1, 17, 33, 129, 145, 161  # arguments
-QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS = 131, 132  # dnnl_query_weights_md, dnnl_query_diff_weights_md
+SCRATCHPAD = 80
+QUERY_WEIGHTS, QUERY_DIFF_WEIGHTS, QUERY_SCRATCHPAD = 131, 132, 136  # dnnl_query_..._md
 KERNEL, PAD = 3, 1
+PART = 1 << 18  # bytes of the larger of a part's two arrays: a few of them fit the L2 cache
 
 
 class Missing(Exception):
@@ -81,9 +88,14 @@ def version() -> str:
     return f"{v.major}.{v.minor}.{v.patch}"
 
 
-def set_threads(count: int) -> None:
-    """Let this process's OpenMP, which Numba shares, compute with so many threads."""
-    library().omp_set_num_threads(c_int(count))
+@contextlib.contextmanager
+def _one_thread():
+    """Primitives built in here run on the thread that calls them."""
+    lib = library()
+    before = lib.omp_get_max_threads()
+    lib.omp_set_num_threads(c_int(1))
+    yield
+    lib.omp_set_num_threads(c_int(before))
 
 
 def _create(function: str, *arguments: object) -> c_void_p:
@@ -97,11 +109,6 @@ def _create(function: str, *arguments: object) -> c_void_p:
 @functools.cache
 def _engine() -> c_void_p:
     return _create("dnnl_engine_create", c_int(CPU), c_size_t(0))
-
-
-@functools.cache
-def _stream() -> c_void_p:
-    return _create("dnnl_stream_create", _engine(), ctypes.c_uint(IN_ORDER))
 
 
 def _dimensions(values) -> ctypes.Array:
@@ -138,16 +145,27 @@ class _Primitive:
         ]
         pairs = zip(arguments, self.memories, strict=True)
         self.arguments = (_Argument * len(arguments))(*(_Argument(i, m) for (i, _), m in pairs))
+        self.stream = _create("dnnl_stream_create", _engine(), ctypes.c_uint(IN_ORDER))
 
     def __call__(self, *arrays: np.ndarray) -> None:
         lib = library()
         for memory, array in zip(self.memories, arrays, strict=True):
             lib.dnnl_memory_set_data_handle(memory, array.ctypes.data)
         status = lib.dnnl_primitive_execute(
-            self.primitive, _stream(), len(self.arguments), self.arguments
+            self.primitive, self.stream, len(self.arguments), self.arguments
         )
         if status:
             raise RuntimeError(f"dnnl_primitive_execute: oneDNN status {status}")
+
+    def call(self) -> list[int]:
+        """What compiled code needs to do the same: a row of ``Parts.calls``."""
+        lib = library()
+        functions = lib.dnnl_memory_set_data_handle, lib.dnnl_primitive_execute
+        set_handle, execute = (ctypes.cast(function, c_void_p).value for function in functions)
+        address = ctypes.addressof(self.arguments)
+        memories = [memory.value for memory in self.memories]
+        handles = [self.primitive.value, self.stream.value, len(self.arguments), address]
+        return [0, set_handle, execute, *handles, *memories]
 
 
 def _reorder(source: c_void_p, target: c_void_p) -> _Primitive:
@@ -156,80 +174,136 @@ def _reorder(source: c_void_p, target: c_void_p) -> _Primitive:
     return _Primitive(descriptor, [(SRC, source), (DST, target)])
 
 
-def empty(shape: tuple[int, ...]) -> np.ndarray:
-    """An array of logical shape (N, C, H, W), channels last in memory."""
-    n, c, h, w = shape
-    return np.empty((n, h, w, c), np.float32).transpose(0, 3, 1, 2)
+def _layout(of: c_void_p, query: int) -> c_void_p:
+    return c_void_p(library().dnnl_primitive_desc_query_md(of, query, 0))
 
 
-class Convolution:
-    """The three 3x3 convolutions of a layer: forward, and backward for the data and the weights.
+def _floats(layout: c_void_p) -> int:
+    return -(-library().dnnl_memory_desc_get_size(layout) // 4)
+
+
+class _Descriptors:
+    """The three convolutions of ``shape`` (N, C, H, W) with ``channels`` filters.
 
     Args:
-        shape: (N, C, H, W) of the input.
-        channels: K, channels of the output.
-        stride: 1 or 2.
+        like: Others, of another N, whose layouts of the weights are taken over.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], channels: int, stride: int) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], channels: int, stride: int, like: _Descriptors | None = None
+    ) -> None:
         n, c, *size = shape
         out = [(length + 2 * PAD - KERNEL) // stride + 1 for length in size]
-        self.shape, self.out_shape = shape, (n, channels, *out)
-        self.weights_shape = (channels, c, KERNEL, KERNEL)
-        x, y, w = _channels_last(shape), _channels_last(self.out_shape), _chosen(self.weights_shape)
+        self.x, self.y = _channels_last(shape), _channels_last((n, channels, *out))
+        weights = _chosen((channels, c, KERNEL, KERNEL))
+        layouts = like.layouts if like else (weights, weights, weights)
         right = [
             (o - 1) * stride + KERNEL - length - PAD for o, length in zip(out, size, strict=True)
         ]
         geometry = (
             *map(_dimensions, ((stride, stride), (0, 0), (PAD, PAD))), _dimensions(right)
         )  # fmt: skip
+        attributes = _create("dnnl_primitive_attr_create")
+        library().dnnl_primitive_attr_set_scratchpad_mode(attributes, c_int(SCRATCHPAD_OF_USER))
 
         def descriptor(kind: str, *arguments: object) -> c_void_p:
             name = f"dnnl_convolution_{kind}_primitive_desc_create"
-            return _create(name, _engine(), *arguments, None)  # no attributes
+            return _create(name, _engine(), *arguments, attributes)
 
-        forward = descriptor(
-            "forward", c_int(FORWARD_TRAINING), c_int(DIRECT), x, w, None, y, *geometry
+        x, y, w, direct = self.x, self.y, layouts, c_int(DIRECT)
+        kind = c_int(FORWARD_TRAINING)
+        self.forward = forward = descriptor("forward", kind, direct, x, w[0], None, y, *geometry)
+        self.data = descriptor("backward_data", direct, x, w[1], y, *geometry, forward)
+        self.weights = descriptor("backward_weights", direct, x, w[2], None, y, *geometry, forward)
+        self.layouts = (
+            _layout(self.forward, QUERY_WEIGHTS),
+            _layout(self.data, QUERY_WEIGHTS),
+            _layout(self.weights, QUERY_DIFF_WEIGHTS),
         )
-        data = descriptor("backward_data", c_int(DIRECT), x, w, y, *geometry, forward)
-        weights = descriptor("backward_weights", c_int(DIRECT), x, w, None, y, *geometry, forward)
 
-        def layout(of: c_void_p, query: int) -> c_void_p:
-            return c_void_p(library().dnnl_primitive_desc_query_md(of, query, 0))
 
-        def buffer(of: c_void_p) -> np.ndarray:
-            return np.empty(library().dnnl_memory_desc_get_size(of) // 4, np.float32)
+class Convolution:
+    """The three 3x3 convolutions of a layer: forward, and backward for the data and the weights.
 
-        plain = _plain(self.weights_shape)
-        chosen = layout(forward, QUERY_WEIGHTS)
-        self._forward = _Primitive(forward, [(SRC, x), (WEIGHTS, chosen), (DST, y)])
-        self._forward_weights, self._forward_reorder = buffer(chosen), _reorder(plain, chosen)
-        chosen = layout(data, QUERY_WEIGHTS)
-        self._data = _Primitive(data, [(DIFF_DST, y), (WEIGHTS, chosen), (DIFF_SRC, x)])
-        self._data_weights, self._data_reorder = buffer(chosen), _reorder(plain, chosen)
-        chosen = layout(weights, QUERY_DIFF_WEIGHTS)
-        self._weights = _Primitive(weights, [(SRC, x), (DIFF_DST, y), (DIFF_WEIGHTS, chosen)])
-        self._diff_weights, self._weights_reorder = buffer(chosen), _reorder(chosen, plain)
+    They are called by compiled code, for a part of the batch at a time. A row of ``forward``,
+    ``data`` and ``weights`` is such a call: see ``kernels.execute``.
 
-    def forward(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """x (N, C, H, W), w (K, C, 3, 3) -> y."""
-        y = empty(self.out_shape)
-        self._forward_reorder(w, self._forward_weights)
-        self._forward(x, self._forward_weights, y)
-        return y
+    Args:
+        shape: (N, C, H, W) of the input.
+        channels: K, channels of the output.
+        stride: 1 or 2.
+        threads: That many threads have something to do, if there are as many images.
 
-    def backward_data(self, gy: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """Gradient of the input."""
-        gx = empty(self.shape)
-        self._data_reorder(w, self._data_weights)
-        self._data(gy, self._data_weights, gx)
-        return gx
+    Attributes:
+        out_shape: (N, K, H', W').
+        images: Images of a part; the last one may have fewer.
+        scratch: Floats of working memory that a call needs.
+        work: As many and those of a part of the output and two of the input.
+    """
 
-    def backward_weights(self, x: np.ndarray, gy: np.ndarray) -> np.ndarray:
-        """Gradient of the weights."""
+    def __init__(
+        self, shape: tuple[int, int, int, int], channels: int, stride: int, threads: int
+    ) -> None:
+        n, c, *size = shape
+        out = [(length + 2 * PAD - KERNEL) // stride + 1 for length in size]
+        self.out_shape = (n, channels, *out)
+        self.weights_shape = (channels, c, KERNEL, KERNEL)
+        largest = 4 * max(c * math.prod(size), channels * math.prod(out))
+        self.images = max(1, min(PART // largest, -(-n // threads)))
+        with _one_thread():
+            whole, rest = divmod(n, self.images)
+            parts = [_Descriptors((self.images, c, *size), channels, stride)] * whole
+            if rest:
+                parts.append(_Descriptors((rest, c, *size), channels, stride, like=parts[0]))
+            plain = _plain(self.weights_shape)
+            forward, data, weights = parts[0].layouts
+            self._forward_weights = np.empty(_floats(forward), np.float32)
+            self._data_weights = np.empty(_floats(data), np.float32)
+            self._weights_size = _floats(weights)
+            self._forward_reorder = _reorder(plain, forward)
+            self._data_reorder = _reorder(plain, data)
+            self._weights_reorder = _reorder(weights, plain)
+            self._primitives: list[_Primitive] = []  # keeps what the calls point to
+            self.scratch = 0
+            self.forward = self._calls(
+                (d.forward, [(SRC, d.x), (WEIGHTS, forward), (DST, d.y)]) for d in parts
+            )
+            self.data = self._calls(
+                (d.data, [(DIFF_DST, d.y), (WEIGHTS, data), (DIFF_SRC, d.x)]) for d in parts
+            )
+            self.weights = self._calls(
+                (d.weights, [(SRC, d.x), (DIFF_DST, d.y), (DIFF_WEIGHTS, weights)]) for d in parts
+            )
+        values = 2 * c * math.prod(size) + channels * math.prod(out)
+        self.work = self.scratch + self.images * values
+
+    def _calls(self, parts) -> np.ndarray:
+        calls = []
+        for descriptor, arguments in parts:
+            scratch = _layout(descriptor, QUERY_SCRATCHPAD)
+            self.scratch = max(self.scratch, _floats(scratch))
+            self._primitives.append(_Primitive(descriptor, [*arguments, (SCRATCHPAD, scratch)]))
+            calls.append(self._primitives[-1].call())
+        return np.array(calls, np.int64)
+
+    def forward_weights(self, w: np.ndarray) -> np.ndarray:
+        """w (K, C, 3, 3) as ``forward`` reads it."""
+        self._forward_reorder(np.ascontiguousarray(w), self._forward_weights)
+        return self._forward_weights
+
+    def data_weights(self, w: np.ndarray) -> np.ndarray:
+        """w (K, C, 3, 3) as ``data`` reads it."""
+        self._data_reorder(np.ascontiguousarray(w), self._data_weights)
+        return self._data_weights
+
+    def empty_gradients(self) -> np.ndarray:
+        """A row for each part, which ``weights`` writes."""
+        return np.empty((len(self.weights), self._weights_size), np.float32)
+
+    def weights_gradient(self, gradients: np.ndarray) -> np.ndarray:
+        """Their sum as (K, C, 3, 3)."""
         gw = np.empty(self.weights_shape, np.float32)
-        self._weights(x, gy, self._diff_weights)
-        self._weights_reorder(self._diff_weights, gw)
+        self._weights_reorder(gradients.sum(axis=0), gw)
         return gw
 
 

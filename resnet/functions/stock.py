@@ -26,6 +26,15 @@ def layer(x, W, bn: L.BatchNormalization, stride: int = 1, shortcut=None):
     return F.relu(y if shortcut is None else y + as_shortcut(shortcut, y))
 
 
+def layers(x, layers, layer=layer):
+    """One after the other, by a backend's ``layer``."""
+    inputs = [x]
+    for W, bn, stride, around in layers:
+        shortcut = inputs[-around] if around else None
+        inputs.append(layer(inputs[-1], W, bn, stride, shortcut))
+    return inputs[-1]
+
+
 def add_relu(x, shortcut):
     return F.relu(x + as_shortcut(shortcut, x))
 
