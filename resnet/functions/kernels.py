@@ -20,6 +20,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 CHUNK = 64  # rows; float32 sums stay short, float64 sums few
+COLUMNS = 1024  # values of a row that a thread sums
 _compile = numba.njit(parallel=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
 _inline = numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
 
@@ -53,10 +54,10 @@ def _execute(typing, function, primitive, stream, count, arguments):
 
 @_inline
 def execute(call, a, b, c, scratch):
-    """Run a primitive on arrays; ``call`` is a row of a ``primitives.Convolution``'s.
+    """Run a primitive on arrays.
 
-    Its values are the status of its last run, two functions, the primitive, a stream, the number
-    of arguments, their address, and a memory object for each of them.
+    ``call`` has the status of its last run, the addresses of two functions, the primitive, a
+    stream, the number of arguments, their address, and a memory object for each of them.
     """
     _set_handle(call[1], call[7], a.ctypes.data)
     _set_handle(call[1], call[8], b.ctypes.data)
@@ -66,10 +67,17 @@ def execute(call, a, b, c, scratch):
 
 
 @_inline
-def _check(calls):
-    for k in range(len(calls)):
-        if calls[k, 0]:
-            raise RuntimeError("oneDNN could not compute a convolution")
+def reorder(call, source, target):
+    """Run a primitive that has these two arguments."""
+    _set_handle(call[1], call[7], source.ctypes.data)
+    _set_handle(call[1], call[8], target.ctypes.data)
+    _check(_execute(call[2], call[3], call[4], call[5], call[6]))
+
+
+@_inline
+def _check(status):
+    if status:
+        raise RuntimeError("oneDNN could not compute a convolution")
 
 
 @_inline
@@ -153,19 +161,21 @@ def _mask_and_sum(x, g, y, mean, part):
 
 
 @_compile
-def convolve(calls, images, x, normalization, shortcut, out, w, h, work, scratch):
+def convolve(forward, images, x, normalization, shortcut, out, w, h, work, scratch):
     """h = convolution(relu(BN(x) + shortcut)); moments of the parts of h, float64 (parts, 2, C).
 
     Args:
-        calls: The convolution's, one for each part of ``images`` images.
+        forward: The convolution's ``primitives.Calls``; a part has ``images`` images.
         x: Rows of all images, (N, rows of an image, C); read as it is without normalization.
         normalization: Of x, from ``scale_and_shift``, or empty.
         shortcut: Rows, or empty: none.
         out: Where to write what the convolution reads; if empty, it is not kept.
-        w: Weights as the convolution reads them.
+        w: Weights (K, C, 3, 3).
         h: Rows, to be written.
         work: (threads, floats); the first ``scratch`` of a thread's are the convolution's.
     """
+    calls, weights = forward.parts, forward.weights
+    reorder(forward.reorder, w, weights)
     parts = np.empty((len(calls), 2, h.shape[2]), np.float64)
     for k in numba.prange(len(calls)):
         own = work[numba.get_thread_id()]
@@ -183,9 +193,9 @@ def convolve(calls, images, x, normalization, shortcut, out, w, h, work, scratch
                 _scale_shift_add_relu(xs, normalization[0], normalization[1], added, source)
             else:
                 _scale_shift_relu(xs, normalization[0], normalization[1], source)
-        execute(calls[k], source, w, hs, own)
+        execute(calls[k], source, weights, hs, own)
         _moments(hs, parts[k])
-    _check(calls)
+    _check(np.abs(calls[:, 0]).max())
     return parts
 
 
@@ -223,21 +233,27 @@ def convolve_backward(
     """The gradients of ``convolve``'s weights and of what it reads.
 
     Args:
-        weights, data: The convolution's calls.
+        weights, data: The convolution's ``primitives.Calls``.
         g: Gradient of BN(h).
         coefficients: Of the gradient of h, from ``input_coefficients``.
         x, normalization: As ``convolve`` has them.
         out: What the convolution read; if empty, it is made again.
-        w: Weights as ``data`` reads them.
-        gw: Gradients of the weights, a row for each part, to be written.
+        w, gw: Weights and their gradient, (K, C, 3, 3); gw is written.
         gx: Gradient of x, or of BN(x) where x is normalized, to be written; if empty, it is not.
         adds: Whether to add to gx what is in it already.
 
     Returns:
         Where x is normalized, the sums over gx for ``input_coefficients``.
     """
-    parts = np.empty((len(weights), 2, x.shape[2]), np.float64)
-    for k in numba.prange(len(weights)):
+    weights_calls, gws, data_calls, reordered = (
+        weights.parts,
+        weights.weights,
+        data.parts,
+        data.weights,
+    )
+    reorder(data.reorder, w, reordered)
+    parts = np.empty((len(weights_calls), 2, x.shape[2]), np.float64)
+    for k in numba.prange(len(weights_calls)):
         own = work[numba.get_thread_id()]
         some = slice(k * images, (k + 1) * images)
         xs = x[some].reshape(-1, x.shape[2])
@@ -254,27 +270,28 @@ def convolve_backward(
         elif len(normalization):
             source = own[end : end + xs.size].reshape(xs.shape)
             _scale_shift_relu(xs, normalization[0], normalization[1], source)
-        execute(weights[k], source, gh, gw[k], own)
+        execute(weights_calls[k], source, gh, gws[k], own)
         if len(gx):
             gxs = gx[some].reshape(xs.shape)
             if adds:
                 more = own[end + xs.size : end + 2 * xs.size].reshape(xs.shape)
-                execute(data[k], gh, w, more, own)
+                execute(data_calls[k], gh, reordered, more, own)
                 for i in range(len(gxs)):
                     for c in range(gxs.shape[1]):
                         gxs[i, c] += more[i, c]
             else:
-                execute(data[k], gh, w, gxs, own)
+                execute(data_calls[k], gh, reordered, gxs, own)
             if len(normalization):
                 _mask_and_sum(xs, gxs, source, normalization[2], parts[k])
-    _check(weights)
-    _check(data)
+    _check(max(np.abs(weights_calls[:, 0]).max(), np.abs(data_calls[:, 0]).max()))
+    _sum_rows(gws)
+    reorder(weights.reorder, gws[0], gw)
     return parts
 
 
 @numba.njit(cache=True)
-def moments(parts, images, total, pixels, channels):
-    """Mean and (biased) variance of every channel, float32 (C,), from those of the parts.
+def _combined_moments(parts, images, total, pixels, channels):
+    """Mean and (biased) variance of every channel, float64 (C,), from those of the parts.
 
     ``images`` of the ``total`` are in a part, but for the last; ``pixels`` in a place of a row.
     """
@@ -289,7 +306,22 @@ def moments(parts, images, total, pixels, channels):
                 mean[c] += step * count / (seen + count)
                 squares[c] += parts[k, 1, pixel + c] + step * step * seen * count / (seen + count)
             seen += count
-    return mean.astype(np.float32), (squares / seen).astype(np.float32)
+    return mean, squares / seen
+
+
+@numba.njit(cache=True)
+def batch_statistics(parts, images, total, pixels, avg_mean, avg_var, decay):
+    """Mean and variance of every channel, float32 (C,); the running averages are updated.
+
+    As ``chainer.functions.batch_normalization`` does, with the unbiased variance.
+    """
+    mean, var = _combined_moments(parts, images, total, pixels, len(avg_mean))
+    count = total * pixels * (parts.shape[2] // len(avg_mean))
+    unbiased = count / max(count - 1, 1)
+    for c in range(len(mean)):
+        avg_mean[c] = decay * avg_mean[c] + (1 - decay) * mean[c]
+        avg_var[c] = decay * avg_var[c] + (1 - decay) * unbiased * var[c]
+    return mean.astype(np.float32), var.astype(np.float32)
 
 
 @numba.njit(cache=True)
@@ -336,6 +368,16 @@ def input_coefficients(parts, normalization, count, channels, constant):
 
 
 @_compile
+def _sum_rows(rows):
+    """The first row becomes the sum of all."""
+    count, width = rows.shape
+    for block in numba.prange((width + COLUMNS - 1) // COLUMNS):
+        some = slice(block * COLUMNS, (block + 1) * COLUMNS)
+        for k in range(1, count):
+            rows[0, some] += rows[k, some]
+
+
+@_compile
 def finish(x, normalization, shortcut, y):
     """y = relu(BN(x) + shortcut); none if it is empty."""
     for k in numba.prange(len(x)):
@@ -353,8 +395,10 @@ def widen(x, step, y):
     for k in numba.prange(images):
         for i in range(height):
             for j in range(width):
-                y[k, i, j, :channels] = x[k, i * step, j * step]
-                y[k, i, j, channels:] = 0
+                for c in range(channels):
+                    y[k, i, j, c] = x[k, i * step, j * step, c]
+                for c in range(channels, y.shape[3]):
+                    y[k, i, j, c] = 0
 
 
 @_compile
@@ -366,7 +410,8 @@ def widen_gradient(g, step, gx):
         gx[k] = 0
         for i in range(height):
             for j in range(width):
-                gx[k, i * step, j * step] = g[k, i, j, :channels]
+                for c in range(channels):
+                    gx[k, i * step, j * step, c] = g[k, i, j, c]
 
 
 @_compile

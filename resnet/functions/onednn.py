@@ -184,7 +184,7 @@ class _Layers(Node):
                 normalization,
                 shortcut,
                 self.kept.get(i, _NO_ROWS),
-                convolution.forward_weights(w),
+                np.ascontiguousarray(w),
                 y,
                 _work(convolution.work),
                 convolution.scratch,
@@ -216,18 +216,12 @@ class _Layers(Node):
         width = parts.shape[2]
         if self.trains:
             pixels = math.prod(size) // (width // channels)
-            mean, var = kernels.moments(parts, convolution.images, n, pixels, channels)
-            self._update_averages(bn, n * math.prod(size), mean, var)
+            mean, var = kernels.batch_statistics(
+                parts, convolution.images, n, pixels, bn.avg_mean, bn.avg_var, bn.decay
+            )
         else:
             mean, var = bn.avg_mean, bn.avg_var
         return kernels.scale_and_shift(mean, var, gamma, beta, np.float32(bn.eps), width)
-
-    def _update_averages(self, bn, count: int, mean: np.ndarray, var: np.ndarray) -> None:
-        # As chainer.functions.batch_normalization does, with the unbiased variance.
-        bn.avg_mean *= bn.decay
-        bn.avg_mean += (1 - bn.decay) * mean
-        bn.avg_var *= bn.decay
-        bn.avg_var += (1 - bn.decay) * (count / max(count - 1.0, 1.0)) * var
 
     def gradients(self, indexes, gy, before):
         weights = [v.array for v in self.get_retained_inputs()[1::3]]
@@ -258,7 +252,7 @@ class _Layers(Node):
             adds, gx = i in added, _NO_ROWS
             if i > 0 or 0 in indexes:
                 gx = added.pop(i) if adds else np.empty_like(x)
-            gw = convolution.empty_gradients()
+            results[1 + 3 * i] = gw = np.empty(w.shape, np.float32)
             parts = kernels.convolve_backward(
                 convolution.weights,
                 convolution.data,
@@ -269,14 +263,13 @@ class _Layers(Node):
                 x,
                 normalization,
                 out,
-                convolution.data_weights(w),
+                np.ascontiguousarray(w),
                 gw,
                 gx,
                 adds,
                 _work(convolution.work),
                 convolution.scratch,
             )
-            results[1 + 3 * i] = convolution.weights_gradient(gw)
             results[2 + 3 * i], results[3 + 3 * i] = ggamma, gbeta
             g = gx
         if 0 in indexes:

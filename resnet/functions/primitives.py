@@ -17,6 +17,7 @@ import math
 import os
 import sys
 from ctypes import byref, c_int, c_size_t, c_void_p
+from typing import NamedTuple
 
 import numpy as np
 
@@ -77,8 +78,6 @@ def library() -> ctypes.CDLL:
     lib.dnnl_primitive_desc_query_md.argtypes = (c_void_p, c_int, c_int)
     lib.dnnl_memory_desc_get_size.restype = c_size_t
     lib.dnnl_memory_desc_get_size.argtypes = (c_void_p,)
-    lib.dnnl_memory_set_data_handle.argtypes = (c_void_p, c_void_p)
-    lib.dnnl_primitive_execute.argtypes = (c_void_p, c_void_p, c_int, ctypes.POINTER(_Argument))
     return lib
 
 
@@ -136,7 +135,7 @@ def _chosen(shape: tuple[int, ...]) -> c_void_p:
 
 
 class _Primitive:
-    """A primitive and one memory object for each argument, pointed at arrays on each call."""
+    """A primitive and one memory object for each argument, to be pointed at arrays on each call."""
 
     def __init__(self, descriptor: c_void_p, arguments: list[tuple[int, c_void_p]]) -> None:
         self.primitive = _create("dnnl_primitive_create", descriptor)
@@ -147,18 +146,8 @@ class _Primitive:
         self.arguments = (_Argument * len(arguments))(*(_Argument(i, m) for (i, _), m in pairs))
         self.stream = _create("dnnl_stream_create", _engine(), ctypes.c_uint(IN_ORDER))
 
-    def __call__(self, *arrays: np.ndarray) -> None:
-        lib = library()
-        for memory, array in zip(self.memories, arrays, strict=True):
-            lib.dnnl_memory_set_data_handle(memory, array.ctypes.data)
-        status = lib.dnnl_primitive_execute(
-            self.primitive, self.stream, len(self.arguments), self.arguments
-        )
-        if status:
-            raise RuntimeError(f"dnnl_primitive_execute: oneDNN status {status}")
-
     def call(self) -> list[int]:
-        """What compiled code needs to do the same: a row of ``Parts.calls``."""
+        """What ``kernels.execute`` needs."""
         lib = library()
         functions = lib.dnnl_memory_set_data_handle, lib.dnnl_primitive_execute
         set_handle, execute = (ctypes.cast(function, c_void_p).value for function in functions)
@@ -222,11 +211,16 @@ class _Descriptors:
         )
 
 
-class Convolution:
-    """The three 3x3 convolutions of a layer: forward, and backward for the data and the weights.
+class Calls(NamedTuple):
+    """How ``kernels`` computes a convolution, part by part of the batch."""
 
-    They are called by compiled code, for a part of the batch at a time. A row of ``forward``,
-    ``data`` and ``weights`` is such a call: see ``kernels.execute``.
+    parts: np.ndarray  # a call, as kernels.execute takes it, for each part
+    reorder: np.ndarray  # the call that reorders the weights, or their gradient
+    weights: np.ndarray  # the reordered weights; of the gradient, a row for each part
+
+
+class Convolution:
+    """The three 3x3 convolutions of a layer.
 
     Args:
         shape: (N, C, H, W) of the input.
@@ -235,6 +229,7 @@ class Convolution:
         threads: That many threads have something to do, if there are as many images.
 
     Attributes:
+        forward, data, weights: Calls: y of x and w, the gradients of x and of w.
         out_shape: (N, K, H', W').
         images: Images of a part; the last one may have fewer.
         scratch: Floats of working memory that a call needs.
@@ -257,54 +252,40 @@ class Convolution:
                 parts.append(_Descriptors((rest, c, *size), channels, stride, like=parts[0]))
             plain = _plain(self.weights_shape)
             forward, data, weights = parts[0].layouts
-            self._forward_weights = np.empty(_floats(forward), np.float32)
-            self._data_weights = np.empty(_floats(data), np.float32)
-            self._weights_size = _floats(weights)
-            self._forward_reorder = _reorder(plain, forward)
-            self._data_reorder = _reorder(plain, data)
-            self._weights_reorder = _reorder(weights, plain)
             self._primitives: list[_Primitive] = []  # keeps what the calls point to
             self.scratch = 0
             self.forward = self._calls(
-                (d.forward, [(SRC, d.x), (WEIGHTS, forward), (DST, d.y)]) for d in parts
+                ((d.forward, [(SRC, d.x), (WEIGHTS, forward), (DST, d.y)]) for d in parts),
+                (plain, forward),
+                (_floats(forward),),
             )
             self.data = self._calls(
-                (d.data, [(DIFF_DST, d.y), (WEIGHTS, data), (DIFF_SRC, d.x)]) for d in parts
+                ((d.data, [(DIFF_DST, d.y), (WEIGHTS, data), (DIFF_SRC, d.x)]) for d in parts),
+                (plain, data),
+                (_floats(data),),
             )
             self.weights = self._calls(
-                (d.weights, [(SRC, d.x), (DIFF_DST, d.y), (DIFF_WEIGHTS, weights)]) for d in parts
+                (
+                    (d.weights, [(SRC, d.x), (DIFF_DST, d.y), (DIFF_WEIGHTS, weights)])
+                    for d in parts
+                ),
+                (weights, plain),
+                (len(parts), _floats(weights)),
             )
         values = 2 * c * math.prod(size) + channels * math.prod(out)
         self.work = self.scratch + self.images * values
 
-    def _calls(self, parts) -> np.ndarray:
+    def _calls(self, parts, layouts, shape: tuple[int, ...]) -> Calls:
+        """Of a (descriptor, arguments) for each part, a reorder, and the shape of the weights."""
         calls = []
         for descriptor, arguments in parts:
             scratch = _layout(descriptor, QUERY_SCRATCHPAD)
             self.scratch = max(self.scratch, _floats(scratch))
             self._primitives.append(_Primitive(descriptor, [*arguments, (SCRATCHPAD, scratch)]))
             calls.append(self._primitives[-1].call())
-        return np.array(calls, np.int64)
-
-    def forward_weights(self, w: np.ndarray) -> np.ndarray:
-        """w (K, C, 3, 3) as ``forward`` reads it."""
-        self._forward_reorder(np.ascontiguousarray(w), self._forward_weights)
-        return self._forward_weights
-
-    def data_weights(self, w: np.ndarray) -> np.ndarray:
-        """w (K, C, 3, 3) as ``data`` reads it."""
-        self._data_reorder(np.ascontiguousarray(w), self._data_weights)
-        return self._data_weights
-
-    def empty_gradients(self) -> np.ndarray:
-        """A row for each part, which ``weights`` writes."""
-        return np.empty((len(self.weights), self._weights_size), np.float32)
-
-    def weights_gradient(self, gradients: np.ndarray) -> np.ndarray:
-        """Their sum as (K, C, 3, 3)."""
-        gw = np.empty(self.weights_shape, np.float32)
-        self._weights_reorder(gradients.sum(axis=0), gw)
-        return gw
+        self._primitives.append(_reorder(*layouts))
+        reorder = self._primitives[-1].call()
+        return Calls(np.array(calls), np.array(reorder), np.empty(shape, np.float32))
 
 
 convolution = functools.cache(Convolution)
