@@ -245,15 +245,11 @@ def convolve_backward(
     Returns:
         Where x is normalized, the sums over gx for ``input_coefficients``.
     """
-    weights_calls, gws, data_calls, reordered = (
-        weights.parts,
-        weights.weights,
-        data.parts,
-        data.weights,
-    )
-    reorder(data.reorder, w, reordered)
-    parts = np.empty((len(weights_calls), 2, x.shape[2]), np.float64)
-    for k in numba.prange(len(weights_calls)):
+    weights_parts, gws = weights.parts, weights.weights
+    data_parts, ws = data.parts, data.weights
+    reorder(data.reorder, w, ws)
+    parts = np.empty((len(data_parts), 2, x.shape[2]), np.float64)
+    for k in numba.prange(len(data_parts)):
         own = work[numba.get_thread_id()]
         some = slice(k * images, (k + 1) * images)
         xs = x[some].reshape(-1, x.shape[2])
@@ -270,20 +266,20 @@ def convolve_backward(
         elif len(normalization):
             source = own[end : end + xs.size].reshape(xs.shape)
             _scale_shift_relu(xs, normalization[0], normalization[1], source)
-        execute(weights_calls[k], source, gh, gws[k], own)
+        execute(weights_parts[k], source, gh, gws[k], own)
         if len(gx):
             gxs = gx[some].reshape(xs.shape)
             if adds:
                 more = own[end + xs.size : end + 2 * xs.size].reshape(xs.shape)
-                execute(data_calls[k], gh, reordered, more, own)
+                execute(data_parts[k], gh, ws, more, own)
                 for i in range(len(gxs)):
                     for c in range(gxs.shape[1]):
                         gxs[i, c] += more[i, c]
             else:
-                execute(data_calls[k], gh, reordered, gxs, own)
+                execute(data_parts[k], gh, ws, gxs, own)
             if len(normalization):
                 _mask_and_sum(xs, gxs, source, normalization[2], parts[k])
-    _check(max(np.abs(weights_calls[:, 0]).max(), np.abs(data_calls[:, 0]).max()))
+    _check(np.abs(weights_parts[:, 0]).max() + np.abs(data_parts[:, 0]).max())
     _sum_rows(gws)
     reorder(weights.reorder, gws[0], gw)
     return parts

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import math
 import os
+from typing import NamedTuple
 
 import chainer
 import numpy as np
@@ -132,6 +133,14 @@ def _work(floats: int) -> np.ndarray:
     return np.empty((kernels.numba.config.NUMBA_NUM_THREADS, floats), np.float32)
 
 
+class _Done(NamedTuple):
+    """What a layer leaves for the way back."""
+
+    convolution: primitives.Convolution
+    h: np.ndarray  # rows of what the convolution wrote
+    normalization: np.ndarray  # of h, from kernels.scale_and_shift
+
+
 class _Layers(Node):
     """Layers in a row, with shortcuts around some of them.
 
@@ -165,43 +174,40 @@ class _Layers(Node):
     def forward(self, inputs):
         self.retain_inputs(tuple(range(len(inputs))))
         x, *parameters = inputs
-        # Of layer i: shape and rows of input i (if kept), of what the convolution wrote, and more.
-        self.shapes, self.kept = [x.shape], {0: _rows(_channels_last(x))}
-        self.convolutions, self.hs, self.normalizations = [], [], []
-        ends = {i + 1: i + 1 - layer.around for i, layer in enumerate(self.layers) if layer.around}
+        self.shapes = [x.shape]  # of input i
+        self.kept = {0: _rows(_channels_last(x))}  # the rows of input i, if they are kept
+        self.done: list[_Done] = []
+        # Where the shortcut that ends at input i starts.
+        starts = {i: i - layer.around for i, layer in enumerate(self.layers, 1) if layer.around}
         h, normalization = self.kept[0], _NOTHING
         for i, (_, bn, stride, _) in enumerate(self.layers):
             w, gamma, beta = parameters[3 * i : 3 * i + 3]
             convolution = primitives.convolution(self.shapes[i], len(w), stride, threads())
             y = _empty_rows(convolution.out_shape)
-            shortcut = self._shortcut(ends.get(i), i)
-            if i > 0 and (i in ends or i in ends.values()):
+            if i > 0 and (i in starts or i in starts.values()):
                 self.kept[i] = np.empty_like(h)
             parts = kernels.convolve(
                 convolution.forward,
                 convolution.images,
                 h,
                 normalization,
-                shortcut,
+                self._shortcut(starts.get(i), i),
                 self.kept.get(i, _NO_ROWS),
                 np.ascontiguousarray(w),
                 y,
                 _work(convolution.work),
                 convolution.scratch,
             )
-            normalization = self._normalization(bn, parts, convolution, gamma, beta)
+            h, normalization = y, self._normalization(bn, parts, convolution, gamma, beta)
             self.shapes.append(convolution.out_shape)
-            self.convolutions.append(convolution)
-            self.normalizations.append(normalization)
-            self.hs.append(h := y)
-            if not chainer.config.enable_backprop:  # nothing will come back for them
-                self.hs.clear()
-                later = {start for end, start in ends.items() if end > i}
+            if chainer.config.enable_backprop:
+                self.done.append(_Done(convolution, h, normalization))
+            else:
+                later = {start for end, start in starts.items() if end > i}
                 self.kept = {k: rows for k, rows in self.kept.items() if k in later}
         last = len(self.layers)
-        shortcut = self._shortcut(ends.get(last), last)
         self.kept[last] = np.empty_like(h)
-        kernels.finish(h, normalization, shortcut, self.kept[last])
+        kernels.finish(h, normalization, self._shortcut(starts.get(last), last), self.kept[last])
         return (_images(self.kept[last], self.shapes[last]),)
 
     def _shortcut(self, start: int | None, end: int) -> np.ndarray:
@@ -226,18 +232,15 @@ class _Layers(Node):
     def gradients(self, indexes, gy, before):
         weights = [v.array for v in self.get_retained_inputs()[1::3]]
         last = len(self.layers)
+        convolution, h, normalization = self.done[-1]
         gy = _rows(_channels_last(gy))
-        g = np.empty_like(gy)
-        images, mean = self.convolutions[-1].images, self.normalizations[-1][2]
-        parts = kernels.output_gradient(images, self.hs[-1], gy, self.kept[last], mean, g)
+        g = np.empty_like(gy)  # of what layer i normalized
+        parts = kernels.output_gradient(
+            convolution.images, h, gy, self.kept[last], normalization[2], g
+        )
         results = {}
         added = {}  # by shortcuts, to the gradient of input i
         for i in reversed(range(last)):
-            convolution, h, w = self.convolutions[i], self.hs[i], weights[i]
-            n, channels, *size = convolution.out_shape
-            ggamma, gbeta, coefficients = kernels.input_coefficients(
-                parts, self.normalizations[i], n * math.prod(size), channels, not self.trains
-            )
             if around := self.layers[i].around:
                 start = i + 1 - around
                 more = _shortcut_gradient(g, self.shapes[i + 1], self.shapes[start])
@@ -245,40 +248,51 @@ class _Layers(Node):
                     kernels.add(more, added[start])
                 else:
                     added[start] = more
-            x, normalization, out = self.kept[0], _NOTHING, _NO_ROWS
-            if i > 0:
-                x, normalization = self.hs[i - 1], self.normalizations[i - 1]
-                out = self.kept.get(i, _NO_ROWS)
             adds, gx = i in added, _NO_ROWS
             if i > 0 or 0 in indexes:
-                gx = added.pop(i) if adds else np.empty_like(x)
-            results[1 + 3 * i] = gw = np.empty(w.shape, np.float32)
-            parts = kernels.convolve_backward(
-                convolution.weights,
-                convolution.data,
-                convolution.images,
-                g,
-                h,
-                coefficients,
-                x,
-                normalization,
-                out,
-                np.ascontiguousarray(w),
-                gw,
-                gx,
-                adds,
-                _work(convolution.work),
-                convolution.scratch,
+                gx = added.pop(i) if adds else np.empty(_row_shape(self.shapes[i]), np.float32)
+            gw = results[1 + 3 * i] = np.empty(weights[i].shape, np.float32)
+            results[2 + 3 * i], results[3 + 3 * i], parts = self._layer_gradients(
+                i, np.ascontiguousarray(weights[i]), g, parts, gw, gx, adds
             )
-            results[2 + 3 * i], results[3 + 3 * i] = ggamma, gbeta
             g = gx
         if 0 in indexes:
-            results[0] = _images(gx, self.shapes[0])
+            results[0] = _images(g, self.shapes[0])
             earlier, *before = before
             if earlier is not None:  # the one sum that is large
-                kernels.add(_rows(_channels_last(earlier)), gx)
+                kernels.add(_rows(_channels_last(earlier)), g)
             before = [None, *before]
         return accumulated(indexes, results, before)
+
+    def _layer_gradients(self, i, w, g, parts, gw, gx, adds):
+        """Of layer i: writes gw and gx; those of gamma and beta, and the sums over gx."""
+        convolution, h, normalization = self.done[i]
+        n, channels, *size = convolution.out_shape
+        ggamma, gbeta, coefficients = kernels.input_coefficients(
+            parts, normalization, n * math.prod(size), channels, not self.trains
+        )
+        x, before, out = self.kept[0], _NOTHING, _NO_ROWS
+        if i > 0:
+            _, x, before = self.done[i - 1]
+            out = self.kept.get(i, _NO_ROWS)
+        parts = kernels.convolve_backward(
+            convolution.weights,
+            convolution.data,
+            convolution.images,
+            g,
+            h,
+            coefficients,
+            x,
+            before,
+            out,
+            w,
+            gw,
+            gx,
+            adds,
+            _work(convolution.work),
+            convolution.scratch,
+        )
+        return ggamma, gbeta, parts
 
 
 def layers(x, layers):
