@@ -385,8 +385,8 @@ def main() -> None:
             results += measure(n, batchsize, variants, args.rounds, args.turn, args.device)
     made = conditions(device)
     text = (
-        f"{'Float32, ' if device.xp is np else ''}{made['device']}, {made['threads']} threads, "
-        f"{made['processor']}, "
+        f"{'Float32' if device.xp is np else made['processor']}, {made['device']}, "
+        f"{made['threads']} threads, "
         f"PyTorch {made['versions']['torch'] or 'missing'}, {made['backend']}. "
         f"Made by `{made['command']}`.\n\n{table(results)}"
     )
