@@ -41,8 +41,9 @@ def crop_and_flip(x, top, left, flip):
     batchsize, channels, height, width = x.shape
     padded = xp.zeros((batchsize, height + 2 * PADDING, width + 2 * PADDING, channels), x.dtype)
     padded[:, PADDING:-PADDING, PADDING:-PADDING] = x.transpose(0, 2, 3, 1)
-    rows = top[:, None] + xp.arange(height)
+    # Of each pixel wanted, the place among all of them: one index for a whole pixel is the fastest.
+    rows = top[:, None] + xp.arange(height) + (height + 2 * PADDING) * xp.arange(batchsize)[:, None]
     columns = xp.arange(width)
     columns = left[:, None] + xp.where(flip[:, None], width - 1 - columns, columns)
-    image = xp.arange(batchsize)[:, None, None]
-    return padded[image, rows[:, :, None], columns[:, None, :]].transpose(0, 3, 1, 2)
+    places = (width + 2 * PADDING) * rows[:, :, None] + columns[:, None, :]
+    return padded.reshape(-1, channels).take(places, axis=0).transpose(0, 3, 1, 2)
