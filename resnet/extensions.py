@@ -18,6 +18,7 @@ from chainer.serializers import DictionarySerializer, NpzDeserializer
 
 from resnet import files, functions
 from resnet.command import InputError, clock
+from resnet.parallel import ALONE, Processes
 from resnet.updater import Images
 
 AFTER_LOG = training.PRIORITY_READER - 1  # priority of what needs the newest line of the log
@@ -42,30 +43,36 @@ class Evaluator(training.Extension):
     smaller. Single view, as in He et al. 2015, 4.2.
 
     Args:
+        network: What is evaluated.
         images: The test set, or the held-out part of the training set.
         name: Prefix of what is reported: ``test`` or ``validation``.
+        processes: Those that train together; each evaluates its share of the images.
     """
 
     priority = training.PRIORITY_WRITER
 
-    def __init__(self, images: Images, name: str) -> None:
-        self.images = images
-        self.name = name
+    def __init__(self, network, images: Images, name: str, processes: Processes = ALONE) -> None:
+        self.network, self.name, self.processes = network, name, processes
+        self.count = len(images)
+        self.share = images.part(processes.share(self.count))
+        self._recorded = functions.recorded_evaluation(network, self.share, EVALUATION_BATCH)
 
-    def __call__(self, trainer) -> None:
-        network, processes = trainer.updater.optimizer.target, trainer.updater.processes
-        processes.average_statistics(network)
-        count = len(self.images)
-        share = self.images.part(processes.share(count))
-        loss = correct = 0.0
-        if len(share):
-            logits = predict(network, share)
-            loss = len(share) * float(functions.softmax_cross_entropy(logits, share.y).array)
-            correct = int((logits.argmax(axis=1) == share.y).sum())
-        loss, correct = processes.sum(loss, correct)
-        chainer.report(
-            {f"{self.name}/main/loss": loss / count, f"{self.name}/main/accuracy": correct / count}
-        )
+    def __call__(self, trainer=None) -> None:
+        self.processes.average_statistics(self.network)
+        loss, correct = self.processes.sum(*self._sums())
+        accuracy, loss = correct / self.count, loss / self.count
+        chainer.report({f"{self.name}/main/loss": loss, f"{self.name}/main/accuracy": accuracy})
+
+    def _sums(self) -> tuple[float, int]:
+        """Of this process's share: the images' losses added, and number of right answers."""
+        share = self.share
+        if self._recorded:
+            return self._recorded()
+        if not len(share):
+            return 0.0, 0
+        logits = predict(self.network, share)
+        loss = len(share) * float(functions.softmax_cross_entropy(logits, share.y).array)
+        return loss, int((logits.argmax(axis=1) == share.y).sum())
 
 
 class TrainingStatistics(training.Extension):

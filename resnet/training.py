@@ -254,7 +254,8 @@ class Run:
         # Loss and accuracy of the epoch's batches, as they were when each was trained on.
         trainer.extend(extensions.TrainingStatistics(), trigger=epoch_end)
         # Accuracy on every image of the test set.
-        trainer.extend(extensions.Evaluator(held_out, self.evaluation), trigger=epoch_end)
+        evaluator = extensions.Evaluator(network, held_out, self.evaluation, self.setting.processes)
+        trainer.extend(evaluator, trigger=epoch_end)
         # What this kind of training measures besides.
         self.extend(trainer)
         if self.setting.processes.rank == 0:

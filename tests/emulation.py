@@ -50,12 +50,14 @@ class Stream:
         recording: The work recorded so far, or None.
         refuses: ``begin_capture`` or ``end_capture``, if that is to fail.
         log: What has been asked of it.
+        ptr: Its number: 0 while it is the default stream, as it is before ``use``.
     """
 
     def __init__(self, non_blocking=True) -> None:
         self.recording: list | None = None
         self.refuses = None
         self.log: list[str] = []
+        self.ptr = 0
 
     def do(self, work) -> None:
         if self.recording is None:
@@ -65,6 +67,7 @@ class Stream:
 
     def use(self):
         self.log.append("use")
+        self.ptr = 7
 
     def synchronize(self):
         assert self.recording is None

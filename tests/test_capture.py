@@ -7,7 +7,7 @@ import pytest
 from chainer import links as L
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
-from resnet import cifar10, functions, network, schedule
+from resnet import cifar10, extensions, functions, network, schedule
 from resnet.functions import cuda
 from resnet.updater import Images, Updater
 
@@ -173,3 +173,83 @@ def test_the_warm_up_is_not_recorded(gpu, dataset, monkeypatch):
         assert_same(state(updater), state(eager))
     assert gpu.stream.log.count("begin_capture") == 1
     assert updater._recorded.captured.graph is not None
+
+
+# The evaluation
+
+
+def make_evaluator(updater, dataset, monkeypatch, batchsize=2):
+    monkeypatch.setattr(extensions, "EVALUATION_BATCH", batchsize)
+    images = Images(
+        dataset.test_x, dataset.test_y, updater.images.mean, chainer.get_device("@numpy")
+    )
+    return extensions.Evaluator(updater.optimizer.target, images, "test")
+
+
+def evaluate(evaluator):
+    """Loss and accuracy."""
+    reporter, found = chainer.Reporter(), {}
+    with reporter, reporter.scope(found):
+        evaluator()
+    return found["test/main/loss"], found["test/main/accuracy"]
+
+
+def expected(evaluator):
+    """The same from Chainer's own functions."""
+    logits = extensions.predict(evaluator.network, evaluator.share).astype(np.float64)
+    loss = chainer.functions.softmax_cross_entropy(logits, evaluator.share.y).array
+    return float(loss), float((logits.argmax(axis=1) == evaluator.share.y).mean())
+
+
+def test_replayed_evaluations_follow_the_weights(gpu, dataset, monkeypatch):
+    updater = make_updater(dataset)
+    updater.update()
+    evaluator = make_evaluator(updater, dataset, monkeypatch)
+    losses = set()
+    for _ in range(6):
+        before = state(updater)
+        found = evaluate(evaluator)
+        assert_same(state(updater), before)
+        np.testing.assert_allclose(found, expected(evaluator), rtol=1e-5)
+        losses.add(found[0])
+        updater.update()
+    assert len(losses) == 6
+    assert gpu.stream.log.count("begin_capture") == 2  # one step, one batch of the evaluation
+    assert gpu.stream.log.count("use") == 1  # both on one stream
+    launched = len(gpu.launched)
+    evaluate(evaluator)
+    assert len(gpu.launched) == launched
+
+
+def test_an_evaluation_that_cannot_be_recorded_is_the_same(gpu, dataset, monkeypatch, capsys):
+    updater = make_updater(dataset)
+    updater.update()
+    recorded = make_evaluator(updater, dataset, monkeypatch)
+    eager = make_evaluator(updater, dataset, monkeypatch)
+    found = [evaluate(recorded) for _ in range(2)]
+    gpu.stream.refuses = "end_capture"
+    assert [evaluate(eager) for _ in range(2)] == found
+    assert capsys.readouterr().err.count("no CUDA graph") == 1
+
+
+def test_an_evaluation_is_recorded_anew_when_weights_were_replaced(gpu, dataset, monkeypatch):
+    updater = make_updater(dataset)
+    updater.update()
+    evaluator = make_evaluator(updater, dataset, monkeypatch)
+    before = evaluate(evaluator)
+    fc = evaluator.network.fc
+    fc.W.array = fc.W.array * 2
+    after = evaluate(evaluator)
+    np.testing.assert_allclose(after, expected(evaluator), rtol=1e-5)
+    assert after != before
+
+
+def test_batches_that_do_not_divide_the_set_are_evaluated_without_a_recording(
+    gpu, dataset, monkeypatch
+):
+    updater = make_updater(dataset)
+    updater.update()
+    evaluator = make_evaluator(updater, dataset, monkeypatch, batchsize=5)
+    for _ in range(2):
+        np.testing.assert_allclose(evaluate(evaluator), expected(evaluator), rtol=1e-5)
+    assert "begin_capture" not in gpu.stream.log

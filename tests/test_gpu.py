@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
-from resnet import cifar10, functions, network, schedule
+from resnet import cifar10, extensions, functions, network, schedule
 from resnet.functions import cuda, cudnn
 from resnet.updater import Images, Updater
 
@@ -116,3 +116,19 @@ def test_200_steps_reach_the_loss_of_the_cpu(precision, images):
     expected = train(make_updater(images, "@numpy"), 200)
     assert expected[-40:].mean() < 0.5 * expected[:4].mean()
     assert found[-40:].mean() < 1.2 * expected[-40:].mean() + 0.02
+
+
+def test_a_replayed_evaluation_is_one_without_a_recording(precision, images):
+    """Twice, with training between."""
+    updater = make_updater(images)
+    net, mean = updater.optimizer.target, updater.images.mean
+    held_out = Images(images.test_x, images.test_y, chainer.cuda.to_cpu(mean), net.device)
+    evaluation = functions.recorded_evaluation(net, held_out, 100)
+    for _ in range(2):
+        train(updater, 5)
+        loss, correct = evaluation()
+        logits = chainer.cuda.to_cpu(extensions.predict(net, held_out))
+        losses = chainer.functions.softmax_cross_entropy(logits, images.test_y, reduce="no").array
+        np.testing.assert_allclose(loss, losses.sum(dtype=np.float64), rtol=1e-4)
+        assert abs(correct - (logits.argmax(axis=1) == images.test_y).sum()) <= 2  # ties
+    assert evaluation.captured.graph is not None

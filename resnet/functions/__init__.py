@@ -150,3 +150,13 @@ def recorded_step(optimizer, images, **settings):
     if _backend is not cuda or not isinstance(optimizer, cuda.FlatMomentumSGD):
         return None
     return capture.Step(optimizer, images, **settings)
+
+
+def recorded_evaluation(network, images, batchsize: int):
+    """An evaluation that is recorded once and replayed, where the backend has one, else None.
+
+    See ``capture.Evaluation``.
+    """
+    if _backend is not cuda or len(images) % batchsize or not cuda._are_floats(*network.params()):
+        return None
+    return capture.Evaluation(network, images, batchsize)

@@ -1,4 +1,4 @@
-"""The training step as a CUDA graph: recorded once, replayed from then on.
+"""The training step, and an evaluation's, as CUDA graphs: recorded once, replayed from then on.
 
 A replay costs one call instead of Python's work for hundreds of kernels, and the host waits for
 nothing. All that changes from step to step is on the GPU: iteration, order of the images, rate, and
@@ -16,6 +16,7 @@ import numpy as np
 
 from resnet.functions import cuda
 
+DEFAULT_STREAMS = (0, 1, 2)  # null, cudaStreamLegacy, cudaStreamPerThread
 EAGER = 3  # calls before the recording: they compile kernels, build plans and fill the pool
 
 
@@ -34,9 +35,11 @@ class Captured:
         self.function, self.signature = function, signature
         # The default stream cannot be recorded. From here on everything is on one that can: then
         # evaluation and snapshots need not be told to wait for a step.
-        cupy.cuda.get_current_stream().synchronize()
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        self.stream.use()
+        self.stream = cupy.cuda.get_current_stream()
+        if self.stream.ptr in DEFAULT_STREAMS:
+            self.stream.synchronize()
+            self.stream = cupy.cuda.Stream(non_blocking=True)
+            self.stream.use()
         # Memory that is free after the recording is not free for others: replays write to it.
         self.pool = cupy.cuda.MemoryPool()
         self.forget()
@@ -75,7 +78,7 @@ class Captured:
             self.graph = self.stream.end_capture()
         except Exception as error:  # of CuPy, CUDA or cuDNN
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            print(f"warning: no CUDA graph ({reason}); training goes on without", file=sys.stderr)
+            print(f"warning: no CUDA graph ({reason}); it goes on without", file=sys.stderr)
             return False
         finally:
             gc.enable()
@@ -162,9 +165,55 @@ class Step:
     def _signature(self) -> Hashable:
         """Where the persistent arrays are, and which parameters are trained."""
         network = self.optimizer.target
-        arrays = [p.array for p in network.params()]
-        for link in network.links():
-            if isinstance(link, chainer.links.BatchNormalization):
-                arrays += [link.avg_mean, link.avg_var]
         enabled = (p.update_rule.enabled for p in network.params())
-        return tuple(map(cuda.cudnn.address, arrays)), tuple(enabled), cuda.precision
+        return places(network), tuple(enabled), cuda.precision
+
+
+class Evaluation:
+    """Loss and right answers of a network at test time over a set of images, batch by batch.
+
+    Args:
+        network: On the GPU.
+        images: ``updater.Images`` on the GPU.
+        batchsize: Images at once; it divides the set.
+    """
+
+    def __init__(self, network, images, batchsize: int) -> None:
+        xp = cuda._xp()
+        self.network, self.images, self.batchsize = network, images, batchsize
+        _, channels, height, width = images.x.shape
+        self.x = xp.empty((batchsize, height, width, channels), np.float32)
+        self.t = xp.empty((batchsize,), np.int32)
+        self.counter = xp.zeros(1, np.int64)
+        self.loss, self.correct = xp.zeros((), np.float64), xp.zeros((), np.int64)
+        self.captured = Captured(self._compute, lambda: (places(network), cuda.precision))
+
+    def __call__(self) -> tuple[float, int]:
+        """Sum of the images' losses, and number of right answers."""
+        self.captured.check()
+        for array in (self.counter, self.loss, self.correct):
+            array.fill(0)
+        for _ in range(len(self.images) // self.batchsize):
+            self.captured()
+        return self.batchsize * float(self.loss), int(self.correct)
+
+    def _compute(self) -> None:
+        images = self.images
+        _, channels, height, width = images.x.shape
+        arrays = images.x, images.y, images.mean, self.counter, self.x, self.t
+        numbers = self.batchsize, channels, height * width
+        cuda._launch("centre", self.batchsize * height * width, *arrays, *numbers)
+        with chainer.using_config("train", False), chainer.no_backprop_mode():
+            y = self.network(cuda._images(self.x))
+            loss = cuda.softmax_cross_entropy(y, self.t)
+        arrays = self.loss, self.correct, self.counter
+        cuda._launch("finish_step", cuda.THREADS, y.array, self.t, loss.array, *y.shape, *arrays)
+
+
+def places(network) -> tuple[int, ...]:
+    """Where the weights and statistics of a network are."""
+    arrays = [p.array for p in network.params()]
+    for link in network.links():
+        if isinstance(link, chainer.links.BatchNormalization):
+            arrays += [link.avg_mean, link.avg_var]
+    return tuple(map(cuda.cudnn.address, arrays))

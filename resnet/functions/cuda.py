@@ -33,7 +33,8 @@ SCALE = 1024  # of float16 gradients: those of a mean over 128 images are about 
 OF_ACTIVATIONS = ("moments", "normalize", "gradient_sums", "input_gradient", "masked", "add",
                   "shortcut_gradient", "pack", "unpack", "average", "average_gradient")  # fmt: skip
 OF_FLOATS = ("fixed_moments", "linear", "linear_input_gradient", "linear_gradients",
-             "cross_entropy", "multiply", "momentum_step", "augment", "finish_step")  # fmt: skip
+             "cross_entropy", "multiply", "momentum_step", "augment", "centre",
+             "finish_step")  # fmt: skip
 TYPES = {np.dtype("f4"): "float", np.dtype("f2"): "Half"}
 KERNELS = (*(f"{name}<{type}>" for name in OF_ACTIVATIONS for type in TYPES.values()), *OF_FLOATS)
 

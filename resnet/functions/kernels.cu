@@ -535,6 +535,11 @@ __device__ inline unsigned long long mix(unsigned long long bits, unsigned long 
     return h ^ (h >> 31);
 }
 
+// A pixel in 0..1 without its mean, bit for bit as resnet.updater.Images has it.
+__device__ inline float centred(float pixel, float mean) {
+    return __fsub_rn(__fmul_rn(pixel, 1.f / 255), mean);  // no fused multiply-add
+}
+
 // The batch of `iteration`, augmented: x (batchsize, height, width, channels) and labels t, bit for
 // bit as resnet.augmentation and resnet.updater have it. images are uint8 (size, channels, height,
 // width); orders (2, size) are the random orders of the passes over the images, that of pass e in
@@ -558,15 +563,28 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int column = (draw % 2 ? width - 1 - w : w) + left - padding;
     const bool inside = row >= 0 && row < height && column >= 0 && column < width;
     for (int c = 0; c < channels; ++c) {
-        float v = 0;
-        if (inside) {
-            const int at = (c * height + row) * width + column;
-            const float value = images[image * channels * pixels + at];
-            v = __fsub_rn(__fmul_rn(value, 1.f / 255), mean[at]);  // no fused multiply-add
-        }
-        x[(size_t)i * channels + c] = v;
+        const int at = (c * height + row) * width + column;
+        x[(size_t)i * channels + c] =
+            inside ? centred(images[image * channels * pixels + at], mean[at]) : 0.f;
     }
     if (i % pixels == 0) t[position] = labels[image];
+}
+
+// Images number iteration * batchsize and so on as they are, to be evaluated; arrays as for augment.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    centre(const unsigned char* images, const int* labels, const float* mean,
+           const long long* iteration, float* x, int* t, int batchsize, int channels, int pixels) {
+    const int i = thread();
+    if (i >= batchsize * pixels) return;
+    const int pixel = i % pixels;
+    const long long image = *iteration * batchsize + i / pixels;
+    const unsigned char* from = images + image * channels * pixels;
+#pragma unroll 1  // unrolled, it needs more registers than it is given
+    for (int c = 0; c < channels; ++c) {
+        const int at = c * pixels + pixel;
+        x[(size_t)i * channels + c] = centred(from[at], mean[at]);
+    }
+    if (pixel == 0) t[i / pixels] = labels[image];
 }
 
 // The end of a step: loss and number of right answers of a batch, added to what is there, and the
