@@ -115,14 +115,15 @@ resubmit() {
     CONTINUE=$((CONTINUE - 1))
     mkdir -p "$OUT/jobs"
     file=$OUT/jobs/$(basename "$SCRIPT" .pbs)${ROW:+-$ROW}.pbs
+    options=${QSUB:-$(same_resources)}
     {
-        grep '^#' "$SCRIPT"
+        # The options name all resources; PBS Pro refuses 'select' there and 'nodes' in the file.
+        grep '^#' "$SCRIPT" | grep -v "^${QSUB:+no }#PBS -l"
         for name in $SETTINGS; do
             [ -z "${!name+set}" ] || printf 'export %s=%q\n' "$name" "${!name}"
         done
         grep -v '^#' "$SCRIPT"
     } >"$file"
-    options=${QSUB:-$(same_resources)}
     # shellcheck disable=SC2086 # a list of words
     if next=$(qsub $options "$file"); then
         say "walltime: stopped; goes on as job $next"

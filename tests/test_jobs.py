@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -86,6 +87,84 @@ def test_what_is_missing_is_said_before_training_starts(settings, message):
     done = bash("resnet20", **{"PYTHON": sys.executable, **settings})
     assert done.returncode == 1 and message in done.stdout
     assert "experiments/" not in done.stdout
+
+
+# Under Torque and PBS Pro, as far as programs can stand in for them that print what theirs print
+
+TORQUE = """Job Id: 12.bw
+    Job_Name = resnet56
+    queue = normal
+    Account_Name = jq0
+    Resource_List.nodect = 1
+    Resource_List.nodes = 1:ppn=16:xk
+    Resource_List.walltime = 12:00:00
+    Variable_List = PBS_O_QUEUE=normal,PBS_O_HOME=/u/student,
+\tPBS_O_WORKDIR=/u/student/resnet
+"""
+PBS_PRO = """Job Id: 12.pbs
+    Job_Name = resnet56
+    queue = workq
+    Resource_List.ncpus = 16
+    Resource_List.nodes = 1:ppn=16
+    Resource_List.place = scatter
+    Resource_List.select = 1:ncpus=16:mpiprocs=16:ngpus=1:mem=64gb:scratch=tru
+\te:model=h100
+    Resource_List.walltime = 12:00:00
+    Account_Name = physics
+"""
+
+
+@pytest.fixture
+def batch_system(tmp_path):
+    """Runs a job whose training is asked to stop; what it printed, and its words to qsub."""
+
+    def program(name, text):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    def run(qstat, **environment):
+        (tmp_path / "qstat.txt").write_text(qstat)
+        program("qstat", f"cat {tmp_path}/qstat.txt")
+        program("qsub", f'echo "$@" >{tmp_path}/asked; echo 13.pbs')
+        # Whatever is imported or checked is there; each training stops before its end.
+        python = program("python", 'case $1 in -c | -m) ;; *) echo "python $*"; exit 75 ;; esac')
+        done = bash(
+            "resnet56", PBS_JOBID="12.pbs", PYTHON=python, OUT=str(tmp_path),
+            PBS_O_PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **environment,
+        )  # fmt: skip
+        assert done.returncode == 0 and "goes on as job 13.pbs" in done.stdout, done.stdout
+        *options, file = (tmp_path / "asked").read_text().split()
+        return done.stdout, options, file
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("qstat", "environment", "options"),
+    [
+        (TORQUE, {"PBS_WALLTIME": "43200"},
+         "-q normal -A jq0 -l walltime=12:00:00,nodes=1:ppn=16:xk"),
+        (PBS_PRO, {},
+         "-q workq -A physics -l walltime=12:00:00,select="
+         "1:ncpus=16:mpiprocs=16:ngpus=1:mem=64gb:scratch=true:model=h100"),
+    ],
+    ids=["Torque", "PBS Pro"],
+)  # fmt: skip
+def test_a_continuation_asks_for_the_same_resources(batch_system, qstat, environment, options):
+    said, found, file = batch_system(qstat, **environment)
+    assert "(walltime: 43200 s)" in said and " --time-limit 430" in said
+    assert found == options.split()
+    lines = Path(file).read_text().splitlines()
+    assert "#PBS -N resnet56" in lines and "#PBS -r y" in lines
+    assert not [line for line in lines if line.startswith("#PBS -l")]  # would be mixed with these
+
+
+def test_options_of_ones_own_for_a_continuation(batch_system):
+    _, found, file = batch_system(PBS_PRO, QSUB="-q gpu")
+    assert found == ["-q", "gpu"]
+    assert "#PBS -l nodes=1:ppn=16" in Path(file).read_text().splitlines()
 
 
 # Under Slurm
