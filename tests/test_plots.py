@@ -68,6 +68,14 @@ def copy_run(name, folder, **identity):
 # Reading
 
 
+def test_a_shortened_partial_training_is_told_from_the_reports():
+    short, whole = (
+        conditions.describe("schedule", {"name": "partial", "iterations": count, "drops": []})
+        for count in (3127, 78127)
+    )
+    assert short == "partial training, 3,127 iterations in all" and whole != short
+
+
 def test_seeds_are_one_group_and_other_data_is_another(groups):
     names = [(g.name, g.conditions["data"], len(g.runs)) for g in groups]
     assert names == [
