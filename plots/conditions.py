@@ -24,8 +24,9 @@ def describe(key: str, value: object) -> str:
         case "schedule" if value.get("name") == "custom":
             drops = ", ".join(f"{drop:,}" for drop in value["drops"]) or "none"
             return f"{value['iterations']:,} iterations (drops: {drops})"
-        case "schedule" if value.get("name") == "partial":  # maybe shortened
-            return f"partial training, {value['iterations']:,} iterations in all"
+        case "schedule" if str(value.get("name")).startswith("partial"):  # maybe shortened
+            name = value["name"].replace("partial", "partial training")
+            return f"{name}, {value['iterations']:,} iterations in all"
         case "schedule":
             return f"schedule {value.get('name')}"
         case "data":

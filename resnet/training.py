@@ -148,21 +148,39 @@ class Run:
         self.mean = cifar10.mean_image(self.train_x)
         self.schedule = self.choose_schedule()
         self.warm_up = args.warmup == "on" or (args.warmup == "auto" and n >= WARM_UP_FROM)
-        self.folder = args.out / f"{architecture}-{layers(n)}-seed{seed}"
+        self.folder = args.out / self.folder_name(architecture)
         self.stream = seed  # of order and augmentation
         self.request = setting.request
+
+    def folder_name(self, what: str) -> str:
+        """Name of the run folder: what is trained, the choices beyond the report's, the seed.
+
+        So runs with different choices lie beside each other in one ``--out``. Not all of the
+        identity is in the name: a folder of other data or another batch size is refused.
+        """
+        shorten = {"shorten": self.args.shorten} if self.args.shorten > 1 else {}
+        words = []
+        for name, value in (shorten | self.choices).items():
+            own = "" if value is True else f"-{value}" if isinstance(value, str) else f"{value:g}"
+            words.append(name.replace(" ", "-") + own)
+        return "-".join([what, str(layers(self.n)), *words, f"seed{self.seed}"])
 
     # What a kind of training of its own changes.
 
     def choose_schedule(self) -> schedule.Schedule:
-        """The schedule of ``--schedule``, or of ``--epoch`` and ``--drops``."""
+        """The schedule of ``--schedule``, maybe shortened, or of ``--epoch`` and ``--drops``."""
         args = self.args
         if args.epoch is not None:
             drops = args.drops if args.drops is not None else (args.epoch / 2, args.epoch * 3 / 4)
             return schedule.epochs(args.epoch, drops, self.size, args.batchsize)
         if args.schedule == "report100":
-            return schedule.report100(self.size, args.batchsize)
-        return schedule.he2015()
+            return schedule.report100(self.size, args.batchsize).shortened(args.shorten)
+        return schedule.he2015().shortened(args.shorten)
+
+    @property
+    def choices(self) -> dict:
+        """The choices beyond the report's that were made, by name; part of the identity."""
+        return {}
 
     @property
     def title(self) -> str:
@@ -182,6 +200,7 @@ class Run:
             "evaluation": self.evaluation,
             "schedule": json.loads(json.dumps(asdict(self.schedule))),
             "warm-up": self.warm_up,
+            **self.choices,
         }
 
     def build(self) -> Network:

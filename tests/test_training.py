@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import chainer
 import h5py
@@ -288,6 +289,23 @@ def test_resume_refuses_what_is_no_snapshot_of_this_run(dataset, tmp_path, monke
 def test_a_folder_of_another_run_is_refused(dataset, finished, tmp_path):
     with pytest.raises(InputError, match="batchsize = 16, asked for is batchsize = 8"):
         make_run(dataset, tmp_path, "-b", "8").train()
+
+
+def test_a_shortened_run_lies_beside_the_full_one_and_is_no_other_run(dataset, tmp_path):
+    words = ["--n", "1", "--data", "synthetic", "--out", str(tmp_path)]
+    setting = make_run(dataset, tmp_path).setting
+    full, quarter = (
+        training.Run("resnet", 1, 0, replace(setting, args=args))
+        for args in map(
+            flags.add_schedule(flags.parser("")).parse_args,
+            (["-b", "16", *words], ["-b", "16", *words, "--shorten", "4"]),
+        )
+    )
+    assert (full.folder.name, quarter.folder.name) == ("resnet-8-seed0", "resnet-8-shorten4-seed0")
+    assert quarter.identity["schedule"] == {
+        "name": "he2015 / 4", "iterations": 16_000, "drops": [8_000, 12_000],
+    }  # fmt: skip
+    assert {**quarter.identity, "schedule": full.identity["schedule"]} == full.identity
 
 
 @pytest.mark.parametrize(
