@@ -7,7 +7,7 @@ from pathlib import Path
 
 import chainer
 
-from resnet import functions, parallel
+from resnet import augmentation, functions, parallel
 from resnet.command import USAGE, InputError, Parser
 
 BATCHSIZE = 128  # He et al. 2015, 4.2, and the report
@@ -70,6 +70,9 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
         help="fixes weights, order and augmentation (default: %(default)s)")
     add("--runs", type=whole_number(1), default=1, metavar="K",
         help="train with K seeds, from --seed up, and print mean and deviation (default: 1)")
+    add("--augmentation", choices=augmentation.KINDS, default="report",
+        help="report: random crops and flips; none, crop or flip show what they are good for "
+        "(default: %(default)s)")
     add("--data", metavar="PATH",
         help="CIFAR-10 as archive, unpacked folder or Chainer's cache; 'synthetic' for "
         "the embedded stand-in (default: $CHAINER_DATASET_ROOT or ~/.chainer/dataset, "

@@ -18,7 +18,18 @@ import numpy as np
 from chainer import training
 from chainer.training.extensions import LogReport
 
-from resnet import cifar10, extensions, files, flags, functions, parallel, record, schedule, weights
+from resnet import (
+    augmentation,
+    cifar10,
+    extensions,
+    files,
+    flags,
+    functions,
+    parallel,
+    record,
+    schedule,
+    weights,
+)
 from resnet.command import USAGE, InputError, clock
 from resnet.network import ARCHITECTURES, DEPTHS, Network, layers
 from resnet.parallel import ALONE, Processes
@@ -180,7 +191,8 @@ class Run:
     @property
     def choices(self) -> dict:
         """The choices beyond the report's that were made, by name; part of the identity."""
-        return {}
+        kind = self.args.augmentation
+        return {} if kind == "report" else {"augmentation": kind}
 
     @property
     def title(self) -> str:
@@ -266,6 +278,7 @@ class Run:
             self.warm_up,
             self.stream,
             self.setting.processes,
+            args.augmentation,
         )
         until_done = extensions.UntilDone(iterations, self.request)
         trainer = training.Trainer(updater, until_done, out=str(self.folder))
@@ -337,6 +350,7 @@ class Run:
             f"# Data: {self.dataset.name}, {self.size:,} training and "
             f"{len(self.dataset.test_y):,} {self.evaluation} images"
         )
+        print(f"# Augmentation: {augmentation.KINDS[self.args.augmentation]}")
         processes = self.setting.processes
         shared = f", {batchsize // processes.size} in each of {processes.size} processes"
         print(f"# Minibatch-size: {batchsize}{shared if processes.size > 1 else ''}")

@@ -111,6 +111,7 @@ def test_seeds_are_one_group_and_other_data_is_another(groups):
         {"schedule": {"name": "he2015", "iterations": 40, "drops": [20, 30]}},
         {"batchsize": 20},
         {"warm-up": True},
+        {"augmentation": "none"},
         {"something new": 1},
     ],
 )

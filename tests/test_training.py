@@ -308,6 +308,17 @@ def test_a_shortened_run_lies_beside_the_full_one_and_is_no_other_run(dataset, t
     assert {**quarter.identity, "schedule": full.identity["schedule"]} == full.identity
 
 
+def test_augmentation_is_part_of_a_run_and_of_its_folders_name(dataset, finished, tmp_path):
+    run = make_run(dataset, tmp_path, "--augmentation", "none")
+    run.train()
+    assert run.folder.name == "resnet-8-augmentation-none-seed0"
+    assert run.identity == {**finished.identity, "augmentation": "none"}
+    assert read_log(run.folder) != read_log(finished.folder)
+    updater = run.make_trainer()[0].updater
+    x, _ = updater.batch()
+    np.testing.assert_array_equal(x, updater.images.batch(updater._indices(np))[0])
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
