@@ -239,8 +239,12 @@ class Run:
         self.setting.device.use()
         trainer, snapshots = self.make_trainer()
         resumed = self._resume(trainer, snapshots)
-        self._print_header(trainer.updater, resumed)
-        starts.append(self._start(trainer.updater.iteration))
+        start = self._start(trainer.updater.iteration)
+        self._print_header(trainer.updater, resumed, start["git"])
+        before = [each["packages"] for each in starts if "packages" in each]
+        if before[-1:] == [start["packages"]]:
+            del start["packages"]  # as at the start before
+        starts.append(start)
         if processes.rank == 0:
             write_record(self.folder, self.identity, starts)
         # A net that diverges is a result of the report: NaN is logged, not warned of.
@@ -338,7 +342,7 @@ class Run:
         snapshots.resume(self.args.resume, trainer)
         return self.args.resume
 
-    def _print_header(self, updater: Updater, resumed: Path | None) -> None:
+    def _print_header(self, updater: Updater, resumed: Path | None, git: dict | None) -> None:
         plan, batchsize = self.schedule, self.args.batchsize
         drops = ", ".join(f"{drop:,}" for drop in plan.drops) or "none"
         warm_up = f", warm-up at {schedule.WARM_UP_RATE}" if self.warm_up else ""
@@ -360,6 +364,7 @@ class Run:
             f"a tenth from iterations {drops}{warm_up})"
         )
         print(f"# Seed: {self.seed}")
+        print(f"# Code: {record.describe_code(git)}")
         print(f"# Run folder: {self.folder}")
         if resumed:
             print(f"# Going on from {resumed}, iteration {updater.iteration:,}")
@@ -371,10 +376,12 @@ class Run:
             "iteration": iteration,
             "command": record.command(),
             "data": self.dataset.source,
+            "data digest": self.dataset.digest,
             "device": record.device_name(self.setting.device),
             "backend": self.setting.backend,
             "processes": self.setting.processes.size,
             "versions": record.versions(),
+            "packages": record.packages(),
             "git": record.git_state(),
         }
 

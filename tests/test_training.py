@@ -70,6 +70,8 @@ def test_a_run_leaves_log_blocks_snapshot_and_arguments(finished, capsys):
     start = record["starts"][0]
     assert start["versions"]["chainer"] == chainer.__version__
     assert start["device"].startswith("CPU")
+    assert start["data digest"] == finished.dataset.digest
+    assert start["packages"]["chainer"] == chainer.__version__
     description = weights.describe(folder / "blocks.h5")
     assert (description.architecture, description.n, description.epoch) == ("resnet", 1, 3)
 
@@ -155,6 +157,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
         np.testing.assert_array_equal(value, found[name], err_msg=name)
     starts = json.loads((run.folder / "args.json").read_text())["starts"]
     assert [start["iteration"] for start in starts] == [0, iteration]
+    assert ["packages" in start for start in starts] == [True, False]  # once, as they are the same
 
 
 def test_a_signal_in_a_runs_last_iteration_stops_before_the_next_run(
