@@ -164,17 +164,9 @@ class Run:
         self.request = setting.request
 
     def folder_name(self, what: str) -> str:
-        """Name of the run folder: what is trained, the choices beyond the report's, the seed.
-
-        So runs with different choices lie beside each other in one ``--out``. Not all of the
-        identity is in the name: a folder of other data or another batch size is refused.
-        """
+        """Name of the run folder of ``what``; see ``files.run_name``."""
         shorten = {"shorten": self.args.shorten} if self.args.shorten > 1 else {}
-        words = []
-        for name, value in (shorten | self.choices).items():
-            own = "" if value is True else f"-{value}" if isinstance(value, str) else f"{value:g}"
-            words.append(name.replace(" ", "-") + own)
-        return "-".join([what, str(layers(self.n)), *words, f"seed{self.seed}"])
+        return files.run_name(f"{what}-{layers(self.n)}", self.seed, shorten | self.choices)
 
     # What a kind of training of its own changes.
 
