@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 
 sys.path.insert(0, str(ROOT))
 
-from plots import conditions, curves, figures, logs, reference, report, results, tables
+from plots import claims, conditions, curves, figures, logs, reference, report, results, tables
 from plots.runs import COMPLETE, DIVERGED, UNFINISHED
 from resnet.command import InputError
 
@@ -390,7 +390,7 @@ def test_neighbouring_lines_differ_in_colour_and_style(tmp_path):
 class Reader(HTMLParser):
     """Follows the tags; unbalanced ones and references are kept."""
 
-    EMPTY = ("meta", "img")
+    EMPTY = ("meta", "img", "br")
 
     def __init__(self):
         super().__init__()
@@ -433,6 +433,10 @@ def test_page_is_whole_and_needs_nothing_else(groups):
         "diverged: 10.00 (1 run)",
     ):
         assert wanted in text
+    # What the runs say about the report's claims comes first.
+    assert page.index("The report's claims") < page.index("<h2>Tables</h2>")
+    for claim, (verdict, *_) in claims.verdicts(groups):
+        assert claim.text in text and claim.rule in text and verdict.word in text
 
 
 # Command line
@@ -487,7 +491,7 @@ def test_report_writes_the_page(work, groups):
 
 
 def test_help_gives_examples_and_no_network_is_imported(work):
-    for name in ("curves", "figures", "tables", "report"):
+    for name in ("claims", "curves", "figures", "tables", "report"):
         done = script(name, "-h", cwd=work)
         assert done.returncode == 0
         assert f"python plots/{name}.py runs" in done.stdout
