@@ -644,9 +644,15 @@ CLAIMS = (
 )
 
 
+def note(groups: Sequence[Group]) -> str:
+    """How differences are judged, and what all runs have in common."""
+    ours = conditions.shared(groups, but=["schedule"])
+    return HOW + (f" Runs: {ours}." if ours else "")
+
+
 def markdown(groups: Sequence[Group]) -> str:
     """Summary, table, and the rules with their commands, in Markdown."""
-    lines = ["### The report's claims", "", HOW, ""]
+    lines = ["### The report's claims", "", note(groups), ""]
     lines += [f"- {sentence}" for sentence in summary(groups)]
     lines += [
         "",

@@ -123,7 +123,7 @@ def _claims(groups: Sequence[Group], anchors: dict[int, str]) -> str:
         for name in ("Report", "Claim", "Schedule", "Measured", "Verdict")
     )
     sentences = "".join(f"<li>{escape(each)}</li>" for each in claims.summary(groups))
-    return f"""<p class="note">{escape(claims.HOW)} {escape(claims.SHORTER)}</p>
+    return f"""<p class="note">{escape(claims.note(groups))} {escape(claims.SHORTER)}</p>
 <ul>{sentences}</ul>
 <div class="wide"><table><thead><tr>{head}</tr></thead>
 <tbody>
