@@ -50,7 +50,6 @@ KNOWN_IMAGES = {  # by `digest` of the images and labels
     "7859d8b42730906b87a366c608603cfcae0c66c0999a1eb0a7d25c6c5614deb9": (
         "CIFAR-10, 93 of 60,000 images through a JPEG"
     ),
-    "a85590e7440aec5280115f3be1604870f2dc53f66bd8c9766587e679addc7097": "JPEG copy of CIFAR-10",
 }
 
 
