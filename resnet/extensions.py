@@ -325,9 +325,12 @@ class Progress(training.Extension):
         self.evaluation = evaluation
         self.iterations = iterations
         self.out = out
-        self._bar_at = 0.0
+        self._bar, self._bar_at = False, 0.0
 
     def initialize(self, trainer) -> None:
+        # A launcher may give its processes a terminal that is none; the jobs say that it is dumb.
+        alone = trainer.updater.processes.size == 1
+        self._bar = alone and self.out.isatty() and os.environ.get("TERM") != "dumb"
         self._start = time.monotonic(), trainer.updater.iteration
         self._printed = len(self.log_report.log)
         self._write(
@@ -337,18 +340,17 @@ class Progress(training.Extension):
 
     def __call__(self, trainer) -> None:
         log = self.log_report.log
-        terminal = self._has_bar()
         if len(log) > self._printed:
             self._printed = len(log)
             entry = log[-1]
             self._write(
-                ("\r\033[K" if terminal else "")
+                ("\r\033[K" if self._bar else "")
                 + f"{entry['epoch']:5d}  {entry['iteration']:9d}  {entry['lr']:<6g}  "
                 f"{entry['main/loss']:10.4f}  {1 - entry['main/accuracy']:11.2%}  "
                 f"{1 - entry[self.evaluation + '/main/accuracy']:16.2%}  "
                 f"{clock(entry['elapsed_time']):>8}  {clock(self._left(trainer)):>8}\n"
             )
-        if terminal and time.monotonic() - self._bar_at > 0.25:
+        if self._bar and time.monotonic() - self._bar_at > 0.25:
             self._bar_at = time.monotonic()
             iteration = trainer.updater.iteration
             marks = "#" * (self.BAR * iteration // self.iterations)
@@ -358,12 +360,8 @@ class Progress(training.Extension):
             )
 
     def finalize(self) -> None:
-        if self._has_bar():
+        if self._bar:
             self._write("\r\033[K")
-
-    def _has_bar(self) -> bool:
-        # A launcher may give a process a terminal of its own; the jobs then say that it is dumb.
-        return self.out.isatty() and os.environ.get("TERM") != "dumb"
 
     def _write(self, text: str) -> None:
         with unheard(self.out):
