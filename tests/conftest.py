@@ -17,7 +17,7 @@ from resnet import cifar10, functions
 from resnet.functions import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
-BACKENDS = [("chainer", "@numpy"), ("onednn", "@numpy"), ("cuda", "@numpy")]
+BACKENDS = [(name, "@numpy") for name in ("chainer", "onednn", "winograd", "cuda")]
 ON_GPU = [pytest.param((name, "@cupy:0"), marks=pytest.mark.gpu) for name in ("chainer", "cuda")]
 # name for functions.use, device; for CUDA without a GPU see emulation.py
 
@@ -33,7 +33,8 @@ def dataset():
         return (y[:, None, None, None] * 20 + noise).astype(np.uint8), y
 
     names = tuple(f"brightness {i}" for i in range(10))
-    return cifar10.Dataset("tiny", *images(40), *images(12), names, "made by the tests")
+    arrays = *images(40), *images(12)
+    return cifar10.Dataset("tiny", *arrays, names, "made by the tests", cifar10.digest(*arrays))
 
 
 @pytest.fixture(params=BACKENDS + ON_GPU, ids="-".join)

@@ -18,7 +18,7 @@ from resnet.functions import capture, cuda, onednn, stock
 from resnet.functions.cudnn import PRECISIONS
 
 count_gpus = cuda.count_gpus
-BACKENDS = ("auto", "chainer", "onednn", "cuda")
+BACKENDS = ("auto", "chainer", "onednn", "winograd", "cuda")
 _backend = stock
 
 
@@ -52,13 +52,16 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
             raise ValueError("computes on a GPU; legal: with --device 0")
         _backend, cuda.precision = cuda, precision or "tf32"
         return _backend.describe()
-    if name == "onednn" and gpu:
-        raise ValueError("computes on the CPU; legal with a GPU: auto, chainer, cuda")
+    if name in ("onednn", "winograd"):
+        if gpu:
+            raise ValueError("computes on the CPU; legal with a GPU: auto, chainer, cuda")
+        possible, reason = onednn.available(by_tiles=name == "winograd")
+        if not possible:
+            raise ValueError(reason)
     possible, reason = onednn.available()
-    if name == "onednn" and not possible:
-        raise ValueError(reason)
     _backend = onednn if possible and not gpu and name != "chainer" else stock
-    _backend.start()
+    if _backend is onednn:
+        onednn.start(by_tiles=name != "onednn")
     if name == "auto" and gpu:
         possible, reason = cuda.available()
         missing = "" if possible else f"; {reason}"
