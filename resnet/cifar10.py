@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -27,6 +28,7 @@ from resnet.command import InputError
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SIZE = 170_498_071  # bytes of the official archive
 MD5 = "c58f30108f718f92721af3b95e74349a"
+DEADLINE = 3600  # seconds for a whole download, 47 kB/s; the next one goes on from there
 OFFICIAL_MD5 = {  # of the files in the official archive
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -230,6 +232,7 @@ def _open_locked(partial: Path) -> BinaryIO:
 
 def _fetch(file: BinaryIO, url: str, size: int) -> None:
     """Append to ``file`` what is missing of ``url``; from the start if the server insists."""
+    deadline = time.monotonic() + DEADLINE
     have = file.seek(0, os.SEEK_END)
     if have == size:  # all there, but its check was interrupted
         return
@@ -253,20 +256,24 @@ def _fetch(file: BinaryIO, url: str, size: int) -> None:
             start = start if partial else 0
             length = response.headers.get("Content-Length")
             file.truncate(start)
-            _copy(response, file, start, start + int(length) if length else size, size)
+            _copy(response, file, start, start + int(length) if length else size, size, deadline)
             return
 
 
-def _copy(response: BinaryIO, file: BinaryIO, have: int, total: int, limit: int) -> None:
+def _copy(
+    response: BinaryIO, file: BinaryIO, have: int, total: int, limit: int, deadline: float
+) -> None:
     """Append ``response`` to the ``have`` bytes of ``file``, at most to just above ``limit``."""
     terminal = sys.stderr.isatty()
     step, end = (1, "\r") if terminal else (20, "\n")
     shown = -1
     file.seek(have)
     try:
-        while have <= limit and (chunk := response.read(1 << 16)):
+        while have <= limit and (chunk := response.read1(1 << 16)):  # what has come
             file.write(chunk)
             have += len(chunk)
+            if have < total and time.monotonic() > deadline:
+                raise TimeoutError(f"it took longer than {DEADLINE} s")
             percent = 100 * have // max(total, 1)
             if percent // step > shown:
                 shown = percent // step

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,9 @@ def only_writer(folder: Path) -> Iterator[None]:
         print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
         for half in folder.glob(".*.tmp"):
             half.unlink(missing_ok=True)
+        for half in folder.glob("log" + "[a-z0-9_]" * 8):  # in which Chainer's LogReport writes
+            if half.is_dir() and {path.name for path in half.iterdir()} <= {"log.json"}:
+                shutil.rmtree(half)
         yield
 
 
