@@ -98,14 +98,14 @@ def load(data: str | None = None, may_download: bool = True) -> Dataset:
         return Dataset(data, *arrays, synthetic.CLASSES, source, digest(*arrays))
     try:
         if data is not None:
-            path = Path(data).expanduser()
-            if not path.exists():
+            path = _expand(data)
+            if not (path.is_file() or path.is_dir()):
                 raise InputError(f"--data: no such file or folder '{data}'; {LEGAL}, or synthetic")
             read = _reader(path)
             if read is None:
                 raise InputError(f"--data: no CIFAR-10 in the folder {path}; {LEGAL}")
             return read()
-        root = Path(os.environ.get("CHAINER_DATASET_ROOT") or "~/.chainer/dataset").expanduser()
+        root = _expand(os.environ.get("CHAINER_DATASET_ROOT") or "~/.chainer/dataset")
         read = _reader(root) if root.is_dir() else None
         if read is None and not may_download:
             raise InputError(
@@ -119,6 +119,14 @@ def load(data: str | None = None, may_download: bool = True) -> Dataset:
         return read()
     except OSError as error:  # unreadable, or gone since it was found
         raise InputError(f"{error.filename or data or root}: {error.strerror or error}") from None
+
+
+def _expand(name: str) -> Path:
+    """The path that a name is of, where ``~`` is a home."""
+    try:
+        return Path(name).expanduser() if name else Path(os.devnull)  # '' is no name of '.'
+    except RuntimeError as error:  # of a user who has none
+        raise InputError(f"'{name}': {command.reason(error)}; {LEGAL}") from None
 
 
 def cache_name() -> str:

@@ -81,11 +81,13 @@ def recorded_data(path: Path) -> str | None:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, metavar="RUN_OR_H5", help="run folder or blocks.h5")
+    parser.add_argument(
+        "weights", type=command.path, metavar="RUN_OR_H5", help="run folder or blocks.h5"
+    )
     parser.add_argument("--data", metavar="PATH", help="as for training; the test set is used")
     parser.add_argument("--device", "-d", help="cpu, or the number of a GPU")
     parser.add_argument(
-        "--images", type=Path, nargs="+", metavar="FILE", help="classify these files instead"
+        "--images", type=command.path, nargs="+", metavar="FILE", help="classify these instead"
     )
     args = parser.parse_args()
     path = args.weights / "blocks.h5" if args.weights.is_dir() else args.weights

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -156,12 +157,16 @@ class Run:
             )
         self.size = size
         self.train_x, self.train_y = self.dataset.train_x[:size], self.dataset.train_y[:size]
-        self.mean = cifar10.mean_image(self.train_x)
         self.schedule = self.choose_schedule()
         self.warm_up = args.warmup == "on" or (args.warmup == "auto" and n >= WARM_UP_FROM)
         self.folder = args.out / self.folder_name(architecture)
         self.stream = seed  # of order and augmentation
         self.request = setting.request
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        """Per-pixel mean of the training images, float32 (3, 32, 32), in units of 0..1."""
+        return cifar10.mean_image(self.train_x)
 
     def folder_name(self, what: str) -> str:
         """Name of the run folder of ``what``; see ``files.run_name``."""
@@ -233,6 +238,9 @@ class Run:
         resumed = self._resume(trainer, snapshots)
         start = self._start(trainer.updater.iteration)
         self._print_header(trainer.updater, resumed, start["git"])
+        if resumed and (before := starts[-1:]) and before[0].get("device") != start["device"]:
+            print(f"NOTE: begun on {before[0].get('device')}: on another processor the last digits")
+            print("      of the log may differ from those of an uninterrupted run.\n", flush=True)
         before = [each["packages"] for each in starts if "packages" in each]
         if before[-1:] == [start["packages"]]:
             del start["packages"]  # as at the start before
