@@ -99,7 +99,7 @@ def load(data: str | None = None, may_download: bool = True) -> Dataset:
     try:
         if data is not None:
             path = _expand(data)
-            if not (path.is_file() or path.is_dir()):
+            if not data or not (path.is_file() or path.is_dir()):
                 raise InputError(f"--data: no such file or folder '{data}'; {LEGAL}, or synthetic")
             read = _reader(path)
             if read is None:
@@ -124,7 +124,7 @@ def load(data: str | None = None, may_download: bool = True) -> Dataset:
 def _expand(name: str) -> Path:
     """The path that a name is of, where ``~`` is a home."""
     try:
-        return Path(name).expanduser() if name else Path(os.devnull)  # '' is no name of '.'
+        return Path(name).expanduser()
     except RuntimeError as error:  # of a user who has none
         raise InputError(f"'{name}': {command.reason(error)}; {LEGAL}") from None
 
