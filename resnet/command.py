@@ -28,7 +28,18 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str):
-        self.exit(USAGE, f"error: {message} (see --help)\n")
+        self.exit(USAGE, f"error: {one_line(message)} (see --help)\n")
+
+
+def one_line(text: object) -> str:
+    """``text`` with line breaks and other characters that do not print written as in Python."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def reason(error: BaseException) -> str:
+    """What a library says of its failure, in one line of at most 300 characters."""
+    text = getattr(error, "strerror", None) or str(error)
+    return one_line(" ".join(text.split()) or type(error).__name__)[:300]
 
 
 def clock(seconds: float) -> str:
@@ -48,10 +59,10 @@ def run(command: Callable[[], None]) -> None:
     try:
         command()
     except InputError as error:
-        fail(f"error: {error}", error.code)
+        fail(f"error: {one_line(error)}", error.code)
     except OSError as error:  # an unwritable or full folder met after the checks at the start
         name = f"{error.filename}: " if error.filename else ""
-        fail(f"error: {name}{error.strerror or error}", FAILURE)
+        fail(f"error: {one_line(name)}{error.strerror or reason(error)}", FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:
