@@ -411,19 +411,19 @@ def conditions(device) -> dict:
 def main() -> None:
     p = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
-    p.add_argument("--n", type=flags.whole_number(1), nargs="+", default=[3], metavar="N",
-        help="modules per block (default: 3)")
-    p.add_argument("--batchsize", "-b", type=flags.whole_number(1), nargs="+", default=[128],
-        metavar="B", help="images per step (default: 128)")
+    p.add_argument("--n", type=flags.whole_number(*flags.DEPTH), nargs="+", default=[3],
+        metavar="N", help="modules per block (default: 3)")
+    p.add_argument("--batchsize", "-b", type=flags.whole_number(*flags.BATCH), nargs="+",
+        default=[128], metavar="B", help="images per step (default: 128)")
     p.add_argument("--only", choices=VARIANTS, nargs="+",
         help="measure these variants only (default: all that the device is for)")
     p.add_argument("--device", "-d", default="cpu", metavar="D",
         help="cpu, or the number of a GPU (default: cpu)")
-    p.add_argument("--rounds", type=flags.whole_number(1), default=10, metavar="R",
+    p.add_argument("--rounds", type=flags.whole_number(1, 10_000), default=10, metavar="R",
         help="turns of every variant (default: 10)")
-    p.add_argument("--turn", type=flags.number(0), default=2, metavar="SECONDS",
+    p.add_argument("--turn", type=flags.number(0, 3600), default=2, metavar="SECONDS",
         help="length of a turn, one step at least (default: 2)")
-    p.add_argument("--out", "-o", type=Path, metavar="NAME",
+    p.add_argument("--out", "-o", type=command.path, metavar="NAME",
         help="write NAME.json and NAME.md besides")
     p.add_argument("--work", choices=VARIANTS, help=argparse.SUPPRESS)
     # fmt: on

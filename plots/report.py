@@ -202,12 +202,14 @@ def _start(start: dict) -> str:
         if key == "packages" and key not in start:
             continue  # as at the start before
         if key in ("versions", "packages") and isinstance(value, dict):
-            value = ", ".join(f"{package} {version}" for package, version in value.items())
+            value = ", ".join(
+                f"{key} {text}" for key, text in value.items() if isinstance(text, str)
+            )
         elif key == "git" and isinstance(value, dict):
             kept = "its diff is in args.json" if value.get("diff") else "cannot be repeated"
             modified = f", modified: {kept}" if value.get("modified") else ""
             value = f"{value.get('commit')}{modified}"
-        text = escape(str(results.BLANK if value is None else value))
+        text = escape(str(value) if isinstance(value, str | int | float) else results.BLANK)
         text = f"<code>{text}</code>" if key == "command" else text
         rows += f'<tr><th scope="row">{name}</th><td>{text}</td></tr>\n'
     return f"<table><tbody>\n{rows}</tbody></table>\n"
@@ -235,7 +237,7 @@ def main() -> None:
     text = page(logs.read(args.runs))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with files.whole(args.out) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
     print(f"wrote {args.out}")
 
 

@@ -6,9 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import http.client
-import io
 import os
-import pickle
 import sys
 import tarfile
 import time
@@ -22,7 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from resnet import command, synthetic
+from resnet import arrays, command, files, pickles, synthetic
 from resnet.command import InputError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -38,6 +36,7 @@ OFFICIAL_MD5 = {  # of the files in the official archive
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
 TEST_FILE = "test_batch"
+COUNTS = (50_000, 10_000)  # training and test images
 ARCHIVE, FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer",
@@ -99,14 +98,14 @@ def load(data: str | None = None, may_download: bool = True) -> Dataset:
         return Dataset(data, *arrays, synthetic.CLASSES, source, digest(*arrays))
     try:
         if data is not None:
-            path = Path(data).expanduser()
-            if not path.exists():
+            path = _expand(data)
+            if not data or not (path.is_file() or path.is_dir()):
                 raise InputError(f"--data: no such file or folder '{data}'; {LEGAL}, or synthetic")
             read = _reader(path)
             if read is None:
                 raise InputError(f"--data: no CIFAR-10 in the folder {path}; {LEGAL}")
             return read()
-        root = Path(os.environ.get("CHAINER_DATASET_ROOT") or "~/.chainer/dataset").expanduser()
+        root = _expand(os.environ.get("CHAINER_DATASET_ROOT") or "~/.chainer/dataset")
         read = _reader(root) if root.is_dir() else None
         if read is None and not may_download:
             raise InputError(
@@ -120,6 +119,14 @@ def load(data: str | None = None, may_download: bool = True) -> Dataset:
         return read()
     except OSError as error:  # unreadable, or gone since it was found
         raise InputError(f"{error.filename or data or root}: {error.strerror or error}") from None
+
+
+def _expand(name: str) -> Path:
+    """The path that a name is of, where ``~`` is a home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # of a user who has none
+        raise InputError(f"'{name}': {command.reason(error)}; {LEGAL}") from None
 
 
 def cache_name() -> str:
@@ -306,7 +313,7 @@ def _read_folder(path: Path) -> Dataset:
     official, batches = True, {}
     for name, md5 in OFFICIAL_MD5.items():
         try:
-            content = (path / name).read_bytes()
+            content = files.read(path / name)
         except OSError as error:
             raise InputError(f"{path / name}: {error.strerror}; {LEGAL}") from None
         official &= hashlib.md5(content).hexdigest() == md5
@@ -339,18 +346,15 @@ def _read_archive(path: Path) -> Dataset:
 def _read_npz(path: Path) -> Dataset:
     """Read the arrays that Chainer's ``get_cifar10`` keeps of the archive it once read."""
     try:
-        with np.load(path) as file:
-            train_x, train_y, test_x, test_y = (
-                file[name] for name in ("train_x", "train_y", "test_x", "test_y")
-            )
-        batches = {
-            "train": _check(path, train_x.reshape(len(train_x), -1), train_y),
-            TEST_FILE: _check(path, test_x.reshape(len(test_x), -1), test_y),
-        }
-    except InputError:
-        raise
-    except Exception as error:  # a damaged zip file can raise anything
+        with files.parsing():
+            found = arrays.read_npz(files.read(path))
+            parts = {
+                part: (found[f"{part}_x"].reshape(len(found[f"{part}_x"]), -1), found[f"{part}_y"])
+                for part in ("train", "test")
+            }
+    except ValueError as error:
         raise InputError(f"{path}: not Chainer's cache of CIFAR-10 ({error}); {LEGAL}") from None
+    batches = {"train": _check(path, *parts["train"]), TEST_FILE: _check(path, *parts["test"])}
     return _assemble(batches, UNVERIFIED, path)
 
 
@@ -358,44 +362,38 @@ def _assemble(batches: dict[str, tuple[np.ndarray, np.ndarray]], name: str, path
     """Join the batches; the training batches lie in their official order whatever the archive's."""
     test = batches.pop(TEST_FILE)
     train = zip(*(batches[key] for key in sorted(batches)), strict=True)
-    arrays = (*(np.concatenate(parts) for parts in train), *test)
-    found = digest(*arrays)
+    images = (*(np.concatenate(parts) for parts in train), *test)
+    found = digest(*images)
     if name != OFFICIAL:
         name = KNOWN_IMAGES.get(found, name)
-    return Dataset(name, *arrays, CLASSES, str(path.absolute()), found)
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that calls nothing but what rebuilds a NumPy array.
-
-    The official files were pickled by Python 2 and need just these. A pickle from elsewhere could
-    name any function, and loading it would call that function.
-    """
-
-    def find_class(self, module: str, name: str) -> object:
-        # The module was renamed in NumPy 2, so neither name can be imported under every version.
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np.empty(0).__reduce__()[0]
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            # Old pickles give the flags as 0 and 1, of which NumPy from 2.4 on warns.
-            return lambda kind, align=0, copy=0: np.dtype(kind, bool(align), bool(copy))
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
+    counts = len(images[1]), len(images[3])
+    if counts != COUNTS:
+        print(
+            "warning: {}: not all of CIFAR-10: found {:,} training and {:,} test images, "
+            "CIFAR-10 has {:,} and {:,}".format(path, *counts, *COUNTS),
+            file=sys.stderr,
+        )
+    return Dataset(name, *images, CLASSES, str(path.absolute()), found)
 
 
 def _read_batch(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Images, uint8 (N, 3, 32, 32), and labels, int32 (N,), of one of the six files."""
     try:
-        record = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-        # Keys are bytes as Python 2 wrote them, text in copies that Python 3 wrote.
-        data, labels = (record.get(key.encode(), record.get(key)) for key in ("data", "labels"))
-        return _check(path, data, np.asarray(labels))
-    except InputError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: not a CIFAR-10 batch: {reason}; {LEGAL}") from None
+        with files.parsing():
+            record = pickles.load(content)
+            if not isinstance(record, dict) or not {"data", "labels"} <= record.keys():
+                raise ValueError("holds no data and labels")
+            data, labels = (
+                getattr(value, "value", value) for value in (record["data"], record["labels"])
+            )
+            # Checked before NumPy makes an array of them: lists in lists can be endless.
+            if not isinstance(labels, np.ndarray):
+                if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+                    raise ValueError("labels: legal: a list of whole numbers")
+                labels = np.asarray(labels)
+    except ValueError as error:
+        raise InputError(f"{path}: not a CIFAR-10 batch: {error}; {LEGAL}") from None
+    return _check(path, data, labels)
 
 
 def _check(path: Path, data: object, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TextIO
 
 USAGE = 2  # a flag or argument is wrong
@@ -31,8 +33,35 @@ class InputError(Exception):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word == "--":
+                break
+            # Before Python 3.13 argparse takes such a value away and goes on with an empty list.
+            if flag := re.fullmatch(r"(--[^=]+|-[A-Za-z])=?--", word):
+                self.error(f"argument {flag[1]}: found '--', legal: a value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
-        self.exit(USAGE, f"error: {message} (see --help)\n")
+        self.exit(USAGE, f"error: {one_line(message)} (see --help)\n")
+
+
+def path(text: str) -> Path:
+    """An argument type: the name of a file or folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("found '', legal: the name of a file or folder")
+    return Path(text)
+
+
+def one_line(text: object) -> str:
+    """``text`` with line breaks and other characters that do not print written as in Python."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def reason(error: BaseException) -> str:
+    """What a library says of its failure, in one line of at most 300 characters."""
+    text = getattr(error, "strerror", None) or str(error)
+    return one_line(" ".join(text.split()) or type(error).__name__)[:300]
 
 
 def clock(seconds: float) -> str:
@@ -65,13 +94,16 @@ def fail(message: str, code: int) -> None:
 
 def run(command: Callable[[], None]) -> None:
     """Call ``command`` and end the process with one line instead of a traceback on a user error."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # not one of Python's own
+            stream.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII alone
     try:
         command()
     except InputError as error:
-        fail(f"error: {error}", error.code)
+        fail(f"error: {one_line(error)}", error.code)
     except OSError as error:  # an unwritable or full folder met after the checks at the start
         name = f"{error.filename}: " if error.filename else ""
-        fail(f"error: {name}{error.strerror or error}", FAILURE)
+        fail(f"error: {one_line(name)}{error.strerror or reason(error)}", FAILURE)
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
     except Exception:

@@ -31,7 +31,7 @@ def names() -> list[str]:
     return sorted(path.parent.name for path in folder().glob("*/blocks.h5"))
 
 
-def find(text: str) -> Path:
+def find(text: str | Path) -> Path:
     """The blocks.h5 that ``text`` means: such a file, a run folder, or a name.
 
     Raises:
@@ -42,6 +42,7 @@ def find(text: str) -> Path:
         return path / "blocks.h5"
     if path.exists():
         return path
+    text = str(text)
     if text in names():
         return folder() / text / "blocks.h5"
     known = ", ".join(names()) or "none is here"

@@ -24,8 +24,8 @@ LARGEST_DIFF = 200_000  # characters of a modified checkout's diff that are kept
 
 
 def command() -> str:
-    """The command line of this process, to be typed again."""
-    return shlex.join(["python", *sys.orig_argv[1:]])
+    """The command line of this process, to be typed again in any shell."""
+    return shlex.join([sys.executable, *sys.orig_argv[1:]])
 
 
 def device_name(device: chainer.backend.Device) -> str:
