@@ -1,5 +1,6 @@
 """What the campaign shares: children that may crash or hang, damaged content, counts by area."""
 
+import faulthandler
 import json
 import os
 import random
@@ -43,6 +44,7 @@ def child(body, before=lambda: None):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 os.dup2(said.fileno(), 2)
                 sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
+                faulthandler.disable()  # a crash is counted
                 before()
                 command.run(body)
                 status = 0
