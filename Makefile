@@ -9,7 +9,7 @@ PIP = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)
 DATA ?=
 CIFAR10 = $(if $(DATA),--data '$(DATA)')
 
-.PHONY: demo degradation evidence test campaign gpu lint clean
+.PHONY: demo degradation evidence measured test campaign gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python experiments/resnet.py --n 3 --data synthetic --epoch 8 --out demo
@@ -27,6 +27,11 @@ OUT ?= runs
 FLAGS ?=
 evidence: $(VENV)/installed
 	$(BIN)/python experiments/evidence.py $(CIFAR10) --out '$(OUT)' $(FLAGS)
+
+# Keeps the complete runs of the folder RUNS in plots/measured, and draws what is there.
+RUNS ?=
+measured: $(VENV)/installed
+	$(BIN)/python plots/collect.py $(RUNS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest

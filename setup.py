@@ -14,7 +14,7 @@ setup(
     version=VERSION,
     description="'Residual Neural Networks for Image Recognition' (2016) in Chainer, today",
     packages=["resnet", "resnet.functions"],
-    package_data={"resnet.functions": ["kernels.cu"]},
+    package_data={"resnet": ["pretrained/*/*"], "resnet.functions": ["kernels.cu"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "chainer==7.8.1",

@@ -1,5 +1,8 @@
 """Residual neural networks for image recognition: the report of Gelda et al. (2016) in Chainer."""
 
+from resnet import command  # noqa: F401  first: a Ctrl-C while all else is imported is one line
+
+# isort: split
 from resnet import compat  # noqa: F401  before any import of chainer
 
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ import http.client
 import os
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -25,6 +26,7 @@ from resnet.command import InputError
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SIZE = 170_498_071  # bytes of the official archive
 MD5 = "c58f30108f718f92721af3b95e74349a"
+DEADLINE = 3600  # seconds for a whole download, 47 kB/s; the next one goes on from there
 OFFICIAL_MD5 = {  # of the files in the official archive
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -49,7 +51,6 @@ KNOWN_IMAGES = {  # by `digest` of the images and labels
     "7859d8b42730906b87a366c608603cfcae0c66c0999a1eb0a7d25c6c5614deb9": (
         "CIFAR-10, 93 of 60,000 images through a JPEG"
     ),
-    "a85590e7440aec5280115f3be1604870f2dc53f66bd8c9766587e679addc7097": "JPEG copy of CIFAR-10",
 }
 
 
@@ -238,6 +239,7 @@ def _open_locked(partial: Path) -> BinaryIO:
 
 def _fetch(file: BinaryIO, url: str, size: int) -> None:
     """Append to ``file`` what is missing of ``url``; from the start if the server insists."""
+    deadline = time.monotonic() + DEADLINE
     have = file.seek(0, os.SEEK_END)
     if have == size:  # all there, but its check was interrupted
         return
@@ -261,20 +263,24 @@ def _fetch(file: BinaryIO, url: str, size: int) -> None:
             start = start if partial else 0
             length = response.headers.get("Content-Length")
             file.truncate(start)
-            _copy(response, file, start, start + int(length) if length else size, size)
+            _copy(response, file, start, start + int(length) if length else size, size, deadline)
             return
 
 
-def _copy(response: BinaryIO, file: BinaryIO, have: int, total: int, limit: int) -> None:
+def _copy(
+    response: BinaryIO, file: BinaryIO, have: int, total: int, limit: int, deadline: float
+) -> None:
     """Append ``response`` to the ``have`` bytes of ``file``, at most to just above ``limit``."""
     terminal = sys.stderr.isatty()
     step, end = (1, "\r") if terminal else (20, "\n")
     shown = -1
     file.seek(have)
     try:
-        while have <= limit and (chunk := response.read(1 << 16)):
+        while have <= limit and (chunk := response.read1(1 << 16)):  # what has come
             file.write(chunk)
             have += len(chunk)
+            if have < total and time.monotonic() > deadline:
+                raise TimeoutError(f"it took longer than {DEADLINE} s")
             percent = 100 * have // max(total, 1)
             if percent // step > shown:
                 shown = percent // step

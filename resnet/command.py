@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 USAGE = 2  # a flag or argument is wrong
 FAILURE = 1  # everything else: files, network, damaged data
+INTERRUPTED = 130  # Ctrl-C, as shells say it
 
 
 class InputError(Exception):
@@ -67,8 +70,24 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
+@contextlib.contextmanager
+def unheard(stream: TextIO) -> Iterator[None]:
+    """Go on where ``stream`` reaches nobody: its terminal is closed, or the reader of its pipe.
+
+    Training is not lost for want of somebody who watches it. Once that was noticed, what is
+    printed goes nowhere.
+    """
+    try:
+        yield
+    except OSError:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), stream.fileno())
+
+
 def fail(message: str, code: int) -> None:
     """End this process; ``parallel`` has another way, which ends all that train together."""
+    with unheard(sys.stdout):  # what was printed before the error also stands before it
+        sys.stdout.flush()
     print(message, file=sys.stderr)
     sys.exit(code)
 
@@ -86,6 +105,17 @@ def run(command: Callable[[], None]) -> None:
         name = f"{error.filename}: " if error.filename else ""
         fail(f"error: {one_line(name)}{error.strerror or reason(error)}", FAILURE)
     except KeyboardInterrupt:
-        sys.exit(130)
+        fail("interrupted", INTERRUPTED)
     except Exception:
         fail(traceback.format_exc(), FAILURE)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace) -> None:
+    """Say a Ctrl-C in one line outside ``run``, too, as while modules are imported."""
+    if issubclass(kind, KeyboardInterrupt) and not hasattr(sys, "ps1"):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _uncaught

@@ -3,6 +3,7 @@
 python -m resnet.evaluate runs/resnet-20-seed0                  on the test set
 python -m resnet.evaluate runs/resnet-20-seed0/blocks.h5 --data PATH
 python -m resnet.evaluate runs/resnet-20-seed0 --images cat.png dog.jpg
+python -m resnet.evaluate resnet-20                             a trained network of the package
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ import chainer
 import numpy as np
 from PIL import Image
 
-from resnet import cifar10, command, extensions, files, flags, functions, training, weights
+from resnet import (
+    cifar10,
+    command,
+    extensions,
+    files,
+    flags,
+    functions,
+    pretrained,
+    training,
+    weights,
+)
 from resnet.command import InputError, Parser
 from resnet.network import layers
 from resnet.updater import Images
@@ -110,7 +121,11 @@ def recorded_data(path: Path) -> str | None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "weights", type=command.path, metavar="RUN_OR_H5", help="run folder or blocks.h5"
+        "weights",
+        type=command.path,
+        metavar="RUN_OR_H5_OR_NAME",
+        help="run folder, blocks.h5, or the name of a trained network of the package: "
+        f"{', '.join(pretrained.names()) or 'none is here'}",
     )
     parser.add_argument("--data", metavar="PATH", help="as for training; the test set is used")
     parser.add_argument("--device", "-d", help="cpu, or the number of a GPU")
@@ -118,7 +133,7 @@ def main() -> None:
         "--images", type=command.path, nargs="+", metavar="FILE", help="classify these instead"
     )
     args = parser.parse_args()
-    path = args.weights / "blocks.h5" if args.weights.is_dir() else args.weights
+    path = pretrained.find(args.weights)
     device = flags.find_device(args.device)
     functions.use(gpu=device.xp is not np)
     network, description = weights.restore(path)

@@ -7,9 +7,11 @@ import io
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import chainer
@@ -20,7 +22,7 @@ from chainer.training.extensions import LogReport
 
 from resnet import arrays, files, functions
 from resnet.arrays import Kind
-from resnet.command import InputError, clock
+from resnet.command import InputError, clock, unheard
 from resnet.parallel import ALONE, Processes
 from resnet.updater import Images
 
@@ -175,19 +177,23 @@ class StopRequest:
 
     Signals are noted while it is entered, and to the end of a process that leaves by ``sys.exit``:
     a batch system and a launcher under it each send their own, at any time, and a later one must
-    not keep a snapshot from being written. Only a second Ctrl-C ends the process at once.
+    not keep a snapshot from being written. Only Ctrl-C ends the process at once, when it comes
+    for a third time; the second tells what that loses. A closed terminal and a pipe without a
+    reader are signals, too.
 
     Args:
         deadline: When the time is over, on the clock of ``time.monotonic``.
 
     Attributes:
         reason: Why training shall stop; None while it shall not.
+        unsaved: Tells how many seconds of training no snapshot holds yet.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGPIPE)
 
     def __init__(self, deadline: float = math.inf) -> None:
         self.deadline = deadline
+        self.unsaved: Callable[[], float] = lambda: 0
         self._signal: signal.Signals | None = None
 
     @property
@@ -198,7 +204,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._signal = None
-        self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        noted = set(self.SIGNALS)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            noted.remove(signal.SIGHUP)  # nohup
+        self._before = {number: signal.signal(number, self._remember) for number in noted}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -207,8 +216,15 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: object) -> None:
-        self._signal = self._signal or signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._signal is None:
+            self._signal = signal.Signals(number)
+        elif number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            with contextlib.suppress(OSError):  # not print, which may be what was interrupted
+                os.write(2, (
+                    "\nstops with a snapshot after this iteration; Ctrl-C once more ends it at "
+                    f"once and loses the last {self.unsaved():.0f} s of training\n"
+                ).encode())  # fmt: skip
 
 
 class UntilDone:
@@ -249,9 +265,13 @@ class Snapshots(training.Extension):
         self.keep = keep
         self._last = time.monotonic()
 
+    def age(self) -> float:
+        """Seconds since the newest snapshot, or since training began."""
+        return time.monotonic() - self._last
+
     def __call__(self, trainer) -> None:
         first = trainer.updater.processes.rank == 0  # decides for all
-        due = first and time.monotonic() - self._last >= self.interval
+        due = first and self.age() >= self.interval
         if trainer.updater.processes.any(due):
             self.save(trainer)
 
@@ -423,32 +443,32 @@ class Progress(training.Extension):
         self.evaluation = evaluation
         self.iterations = iterations
         self.out = out
-        self._bar_at = 0.0
+        self._bar, self._bar_at = False, 0.0
 
     def initialize(self, trainer) -> None:
+        # A launcher may give its processes a terminal that is none; the jobs say that it is dumb.
+        alone = trainer.updater.processes.size == 1
+        self._bar = alone and self.out.isatty() and os.environ.get("TERM") != "dumb"
         self._start = time.monotonic(), trainer.updater.iteration
         self._printed = len(self.log_report.log)
-        print(
+        self._write(
             "epoch  iteration   rate    train loss  train error  "
-            f"{self.evaluation + ' error':>16}  {'time':>8}  {'left':>8}",
-            file=self.out,
-            flush=True,
+            f"{self.evaluation + ' error':>16}  {'time':>8}  {'left':>8}\n"
         )
 
     def __call__(self, trainer) -> None:
         log = self.log_report.log
-        terminal = self.out.isatty()
         if len(log) > self._printed:
             self._printed = len(log)
             entry = log[-1]
             self._write(
-                ("\r\033[K" if terminal else "")
+                ("\r\033[K" if self._bar else "")
                 + f"{entry['epoch']:5d}  {entry['iteration']:9d}  {entry['lr']:<6g}  "
                 f"{entry['main/loss']:10.4f}  {1 - entry['main/accuracy']:11.2%}  "
                 f"{1 - entry[self.evaluation + '/main/accuracy']:16.2%}  "
                 f"{clock(entry['elapsed_time']):>8}  {clock(self._left(trainer)):>8}\n"
             )
-        if terminal and time.monotonic() - self._bar_at > 0.25:
+        if self._bar and time.monotonic() - self._bar_at > 0.25:
             self._bar_at = time.monotonic()
             iteration = trainer.updater.iteration
             marks = "#" * (self.BAR * iteration // self.iterations)
@@ -458,12 +478,13 @@ class Progress(training.Extension):
             )
 
     def finalize(self) -> None:
-        if self.out.isatty():
+        if self._bar:
             self._write("\r\033[K")
 
     def _write(self, text: str) -> None:
-        self.out.write(text)
-        self.out.flush()
+        with unheard(self.out):
+            self.out.write(text)
+            self.out.flush()
 
     def _left(self, trainer) -> float:
         """Seconds left at the pace since this process began."""

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import stat
 import sys
 import warnings
@@ -144,6 +145,9 @@ def only_writer(folder: Path) -> Iterator[None]:
         print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
         for half in folder.glob(".*.tmp"):
             half.unlink(missing_ok=True)
+        for half in folder.glob("log" + "[a-z0-9_]" * 8):  # in which Chainer's LogReport writes
+            if half.is_dir() and {path.name for path in half.iterdir()} <= {"log.json"}:
+                shutil.rmtree(half)
         yield
 
 

@@ -30,7 +30,7 @@ from resnet import (
     schedule,
     weights,
 )
-from resnet.command import USAGE, InputError, clock, reason
+from resnet.command import USAGE, InputError, clock, reason, unheard
 from resnet.network import ARCHITECTURES, DEPTHS, Network, layers
 from resnet.parallel import ALONE, Processes
 from resnet.updater import Images, Updater
@@ -247,6 +247,7 @@ class Run:
         if before[-1:] == [start["packages"]]:
             del start["packages"]  # as at the start before
         starts.append(start)
+        self.request.unsaved = snapshots.age
         if processes.rank == 0:
             write_record(self.folder, self.identity, starts)
         # A net that diverges is a result of the report: NaN is logged, not warned of.
@@ -257,9 +258,10 @@ class Run:
         # Before the first update there is nothing to keep, nor a velocity that could be saved.
         wrote = f"; wrote {snapshots.save(trainer)}" if iteration else ""
         if iteration < self.schedule.iterations:
-            print(f"stopped by {reason} after iteration {iteration}{wrote}")
             launcher = f"mpirun -np {processes.size} " if processes.size > 1 else ""
-            print(f"to go on: {launcher}{record.command()}", flush=True)
+            with unheard(sys.stdout):
+                print(f"stopped by {reason} after iteration {iteration}{wrote}")
+                print(f"to go on: {launcher}{record.command()}", flush=True)
             processes.wait()  # a launcher may end all when one has ended
             sys.exit(UNFINISHED)
         if processes.rank == 0:
@@ -477,29 +479,26 @@ def saved_blocks(folder: Path) -> weights.Description | None:
 
 @contextlib.contextmanager
 def only_writers(folder: Path, processes: Processes) -> Iterator[None]:
-    """Create ``folder`` and have the right to write into it, as ``files.only_writer`` says."""
+    """Create ``folder`` and have the right to write into it, as ``files.only_writer`` says.
+
+    Raises:
+        InputError: Another process has it, or the folder cannot be written to.
+    """
     if processes.rank > 0:
         processes.wait()
         yield
         return
-    make_folder(folder)
-    with files.only_writer(folder):
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # First the lock: who writes here already is what a second one has to be told.
+            held.enter_context(files.only_writer(folder))
+            with files.whole(folder / "writable") as temporary:  # before hours are spent
+                temporary.write_bytes(bytes(4096))
+            (folder / "writable").unlink()
+        except OSError as error:
+            raise InputError(
+                f"--out: cannot write to {folder} ({error.strerror}); legal: a writable folder"
+            ) from None
         processes.wait()
         yield
-
-
-def make_folder(folder: Path) -> None:
-    """Create the run folder and see that it can be written to, before hours are spent.
-
-    Raises:
-        InputError: It cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with files.whole(folder / "writable") as temporary:
-            temporary.write_bytes(bytes(4096))
-        (folder / "writable").unlink()
-    except OSError as error:
-        raise InputError(
-            f"--out: cannot write to {folder} ({error.strerror}); legal: a writable folder"
-        ) from None

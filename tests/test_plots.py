@@ -20,7 +20,7 @@ from matplotlib.colors import to_hex
 
 sys.path.insert(0, str(ROOT))
 
-from plots import conditions, curves, figures, logs, reference, report, results, tables
+from plots import claims, conditions, curves, figures, logs, reference, report, results, tables
 from plots.runs import COMPLETE, DIVERGED, UNFINISHED
 from resnet.command import InputError
 
@@ -480,9 +480,9 @@ def test_the_report_s_figures(groups):
 
 def test_other_data_comes_into_another_picture(tmp_path):
     copy_run("resnet-32-seed0", tmp_path / "a")
-    copy_run("resnet-32-seed0", tmp_path / "b", data="JPEG copy of CIFAR-10")
+    copy_run("resnet-32-seed0", tmp_path / "b", data="another copy")
     drawn = list(figures.draw(figures.PICTURES[1], logs.read([tmp_path])))
-    assert [name for name, _, _ in drawn] == ["fig5-cifar-10", "fig5-jpeg-copy-of-cifar-10"]
+    assert [name for name, _, _ in drawn] == ["fig5-cifar-10", "fig5-another-copy"]
     assert all(len(lines_of(figure.axes[0])) == 1 for _, _, figure in drawn)
 
 
@@ -501,7 +501,7 @@ def test_neighbouring_lines_differ_in_colour_and_style(tmp_path):
 class Reader(HTMLParser):
     """Follows the tags; unbalanced ones and references are kept."""
 
-    EMPTY = ("meta", "img")
+    EMPTY = ("meta", "img", "br")
 
     def __init__(self):
         super().__init__()
@@ -544,6 +544,10 @@ def test_page_is_whole_and_needs_nothing_else(groups):
         "diverged: 10.00 (1 run)",
     ):
         assert wanted in text
+    # What the runs say about the report's claims comes first.
+    assert page.index("The report's claims") < page.index("<h2>Tables</h2>")
+    for claim, (verdict, *_) in claims.verdicts(groups):
+        assert claim.text in text and claim.rule in text and verdict.word in text
 
 
 # Command line
@@ -598,7 +602,7 @@ def test_report_writes_the_page(work, groups):
 
 
 def test_help_gives_examples_and_no_network_is_imported(work):
-    for name in ("curves", "figures", "tables", "report"):
+    for name in ("claims", "curves", "figures", "tables", "report"):
         done = script(name, "-h", cwd=work)
         assert done.returncode == 0
         assert f"python plots/{name}.py runs" in done.stdout

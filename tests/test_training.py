@@ -5,7 +5,9 @@ import io
 import json
 import math
 import os
+import pty
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import chainer
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 from resnet import extensions, files, flags, network, training, weights
 from resnet.command import InputError
@@ -134,7 +136,7 @@ def handlers():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("iteration", [1, 5])
 def test_a_stopped_run_goes_on_to_the_same_end(
     dataset, finished, tmp_path, monkeypatch, capsys, number, iteration
@@ -160,6 +162,84 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     starts = json.loads((run.folder / "args.json").read_text())["starts"]
     assert [start["iteration"] for start in starts] == [0, iteration]
     assert ["packages" in start for start in starts] == [True, False]  # once, as they are the same
+
+
+def test_a_second_ctrl_c_tells_what_a_third_one_loses(capfd):
+    request = extensions.StopRequest()
+    request.unsaved = lambda: 43.2
+    with request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.reason == "SIGINT" and capfd.readouterr().err == ""
+        os.kill(os.getpid(), signal.SIGINT)
+        said = "Ctrl-C once more ends it at once and loses the last 43 s of training\n"
+        assert capfd.readouterr().err.endswith(said)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with extensions.StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert request.reason is None
+
+
+ENDLESS = ("experiments/resnet.py", "--n", "1", "--data", "synthetic", "--subset", "64", "-b", "32",
+           "--epoch", "500", "--backend", "chainer")  # fmt: skip
+
+
+def read_until_an_epoch(file):
+    text = b""
+    while not re.search(rb" 1 +2 +0\.1 ", text):
+        text += os.read(file, 4096)
+
+
+def test_a_run_whose_terminal_is_closed_stops_with_a_snapshot(tmp_path):
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, *ENDLESS, "-o", str(tmp_path)])
+    read_until_an_epoch(terminal)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == training.UNFINISHED
+    assert list(tmp_path.glob("*/snapshot_iter_*.npz"))
+
+
+def test_a_run_whose_output_nobody_reads_any_more_stops_with_a_snapshot(tmp_path):
+    words = [sys.executable, *ENDLESS, "-o", str(tmp_path)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        read_until_an_epoch(run.stdout.fileno())
+        run.stdout.close()
+        assert run.wait(60) == training.UNFINISHED
+        assert run.stderr.read() == b""
+    assert list(tmp_path.glob("*/snapshot_iter_*.npz"))
+
+
+def test_ctrl_c_before_training_is_one_line(tmp_path):
+    # A module that is imported late, and a data set that is read later yet.
+    press = "import os, signal; os.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "h5py.py").write_text(press)
+    words = [sys.executable, *ENDLESS, "-o", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
+    assert (done.stdout, done.stderr) == ("", "interrupted\n")
+    code = f"from resnet import command\ndef main():\n  {press}command.run(main)"
+    done = python("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_an_error_stands_after_what_was_printed_before_it():
+    code = """from resnet import command
+def main():
+  print("before")
+  raise command.InputError("the error")
+command.run(main)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, timeout=60,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.stdout == "before\nerror: the error\n"
 
 
 def test_a_signal_in_a_runs_last_iteration_stops_before_the_next_run(
@@ -206,6 +286,12 @@ def test_a_run_folder_has_one_writer_and_keeps_no_leftovers_of_killed_ones(datas
     run.folder.mkdir()
     left = run.folder / ".snapshot_iter_4.npz.123.tmp"
     left.write_bytes(b"half")
+    (run.folder / "writable").mkdir()  # whatever else is wrong, who writes there comes first
+    of_log_report = run.folder / "log3_abc9zz"
+    of_the_user = run.folder / "lognotes1234"
+    for folder, name in (of_log_report, "log.json"), (of_the_user, "mine"):
+        folder.mkdir()
+        (folder / name).touch()
     holder = subprocess.Popen(
         [sys.executable, "-c", "import sys; from pathlib import Path; from resnet import files\n"
          "with files.only_writer(Path(sys.argv[1])): print(); input()", run.folder],
@@ -217,8 +303,10 @@ def test_a_run_folder_has_one_writer_and_keeps_no_leftovers_of_killed_ones(datas
     assert not (run.folder / "log").exists()
     holder.kill()  # the system gives the right back
     holder.communicate()
+    (run.folder / "writable").rmdir()
     run.train()
     assert (run.folder / "blocks.h5").exists() and not left.exists()
+    assert not of_log_report.exists() and (of_the_user / "mine").exists()
 
 
 def interrupted_run(dataset, out, monkeypatch, iteration=5):
@@ -572,20 +660,27 @@ def test_a_diverged_run_is_logged_to_its_end(dataset, tmp_path, monkeypatch, cap
     assert "last epoch (3)" in capsys.readouterr().out
 
 
-def test_progress_on_a_terminal_shows_a_bar_with_the_time_left(dataset, tmp_path):
+def test_progress_on_a_terminal_shows_a_bar_with_the_time_left(dataset, tmp_path, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     run = make_run(dataset, tmp_path)
-    training.make_folder(run.folder)
+    run.folder.mkdir(parents=True)
     trainer, _ = run.make_trainer()
     progress = trainer.get_extension("Progress")
     progress.out = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
     trainer.run()
     text = progress.out.getvalue()
     assert "iteration 1 of 8" in text and "left" in text
     assert len([line for line in text.split("\n") if " 0.1 " in line]) == 1
+    monkeypatch.setenv("TERM", "dumb")  # a terminal that a launcher gives a process in a job
+    trainer, _ = run.make_trainer()
+    progress = trainer.get_extension("Progress")
+    progress.out = Terminal()
+    trainer.run()
+    assert "\r" not in progress.out.getvalue()
 
 
 @pytest.mark.parametrize("name", ["7", "gpu", "-2", "@cupy:9", "1.5"])
