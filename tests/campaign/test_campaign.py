@@ -41,7 +41,7 @@ from harness import (
 from PIL import Image
 
 from plots import logs
-from resnet import cifar10, evaluate, files, flags, synthetic, training, weights
+from resnet import cifar10, evaluate, extensions, files, flags, synthetic, training, weights
 from resnet.command import InputError
 from resnet.partial_training import PartialTraining
 
@@ -175,7 +175,7 @@ def number_of_changes(experiment, out):
     return int(said.removeprefix("error: "))
 
 
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGKILL, *extensions.StopRequest.SIGNALS)
 
 
 def went_on(area, experiment, out, expected, what):
@@ -193,8 +193,13 @@ def test_stopped_at_any_change_of_a_file_a_run_goes_on_to_the_same_end(experimen
     expected, _ = whole(experiment)
     changes = number_of_changes(experiment, tmp_path / "counted")
     area = f"kills and signals, {experiment}"
-    cases = [(number, SIGNALS[i]) for number in range(1, changes + 1) for i in (0, number % 5)]
-    for case, (number, name) in enumerate(some(dict.fromkeys(cases))):
+    others = SIGNALS[1:]  # one each, in turn
+    cases = [
+        (number, name)
+        for number in range(1, changes + 1)
+        for name in (signal.SIGKILL, others[number % len(others)])
+    ]
+    for case, (number, name) in enumerate(some(cases)):
         out = tmp_path / str(case)
 
         def before(out=out, number=number, name=name):
