@@ -23,9 +23,9 @@ CODE = ("resnet", "experiments")  # whose files a run is made from
 LARGEST_DIFF = 200_000  # characters of a modified checkout's diff that are kept
 
 
-def command() -> str:
-    """The command line of this process, to be typed again in any shell."""
-    return shlex.join([sys.executable, *sys.orig_argv[1:]])
+def command(interpreter: str = "python") -> str:
+    """The command line of this process; with ``sys.executable`` one that any shell runs again."""
+    return shlex.join([interpreter, *sys.orig_argv[1:]])
 
 
 def device_name(device: chainer.backend.Device) -> str:

@@ -261,7 +261,7 @@ class Run:
             launcher = f"mpirun -np {processes.size} " if processes.size > 1 else ""
             with unheard(sys.stdout):
                 print(f"stopped by {reason} after iteration {iteration}{wrote}")
-                print(f"to go on: {launcher}{record.command()}", flush=True)
+                print(f"to go on: {launcher}{record.command(sys.executable)}", flush=True)
             processes.wait()  # a launcher may end all when one has ended
             sys.exit(UNFINISHED)
         if processes.rank == 0:

@@ -131,7 +131,7 @@ def test_sigterm_stops_a_run_that_says_how_to_go_on(tmp_path):
         process.terminate()
         rest = process.stdout.read()
     assert process.returncode == 75
-    assert "stopped by SIGTERM after iteration" in rest and "to go on: python" in rest
+    assert "stopped by SIGTERM after iteration" in rest and f"to go on: {sys.executable}" in rest
     assert list((tmp_path / "resnet-8-seed0").glob("snapshot_iter_*.npz"))
 
 
