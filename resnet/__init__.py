@@ -1,5 +1,10 @@
 """Residual neural networks for image recognition: the report of Gelda et al. (2016) in Chainer."""
 
-from resnet import compat  # noqa: F401  before any import of chainer
+import sys
+
+if sys.platform == "win32":
+    sys.exit("error: found Windows, legal: Linux or macOS; on Windows, a Linux under WSL 2")
+
+from resnet import compat  # noqa: E402, F401  before any import of chainer
 
 __version__ = "0.1.0"

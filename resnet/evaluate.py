@@ -99,6 +99,8 @@ def main() -> None:
         f"layers, trained on {description.dataset}, seed {description.seed}, "
         f"epoch {description.epoch}"
     )
+    if first := functions.first_start():
+        print(first, flush=True)
     if args.images:
         x = np.stack([read_image(image) for image in args.images])
         y = np.zeros(len(x), np.int32)

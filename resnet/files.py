@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -45,6 +44,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         InputError: Another process has it.
     """
+    import fcntl  # Unix alone has it, and only who writes a folder needs it
+
     with open(folder / ".writer", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

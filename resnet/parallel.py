@@ -15,7 +15,7 @@ import time
 import chainer
 import numpy as np
 
-from resnet import command
+from resnet import command, record
 from resnet.command import USAGE, InputError
 
 COMMUNICATORS = ("naive", "flat", "pure_nccl")
@@ -106,7 +106,7 @@ def join(name: str | None) -> Processes:
     if processes.size > 1:
         _share_fate(processes)
     # Threads of each process, unless someone has said how many.
-    threads = max(1, len(os.sched_getaffinity(0)) // communicator.intra_size)
+    threads = max(1, record.cores() // communicator.intra_size)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     return processes
 

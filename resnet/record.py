@@ -21,12 +21,17 @@ def command() -> str:
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
+def cores() -> int:
+    """Processors that this process may use; on macOS, which cannot say, all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def device_name(device: chainer.backend.Device) -> str:
     """Name of the processor behind a device."""
     if device.xp is not np:
         properties = device.xp.cuda.runtime.getDeviceProperties(device.device.id)
         return f"GPU {device.device.id}, {properties['name'].decode()}"
-    return f"CPU, {len(os.sched_getaffinity(0))} cores, {platform.machine()}"
+    return f"CPU, {cores()} cores, {platform.machine()}"
 
 
 def versions() -> dict[str, str]:

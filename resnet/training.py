@@ -330,6 +330,8 @@ class Run:
         print(f"# Run folder: {self.folder}")
         if resumed:
             print(f"# Going on from {resumed}, iteration {updater.iteration:,}")
+        if first := functions.first_start():
+            print(first)
         print(flush=True)
 
     def _start(self, iteration: int) -> dict:

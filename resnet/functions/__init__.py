@@ -7,8 +7,11 @@ and nothing else; which backend computes them is decided here and nowhere else.
 from __future__ import annotations
 
 import os
+import platform
+import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import chainer
@@ -55,6 +58,9 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
     if name == "onednn" and gpu:
         raise ValueError("computes on the CPU; legal with a GPU: auto, chainer, cuda")
     possible, reason = onednn.available()
+    here = f"{sys.platform} {platform.machine()}"
+    if not possible and here != "linux x86_64":
+        reason = f"its package is for Linux on x86-64, found {here}"
     if name == "onednn" and not possible:
         raise ValueError(reason)
     _backend = onednn if possible and not gpu and name != "chainer" else stock
@@ -66,6 +72,17 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
     if name == "auto" and not possible:
         return f"{_backend.describe()}; faster on a CPU with oneDNN: {reason}"
     return _backend.describe()
+
+
+def first_start() -> str:
+    """What to say before the first step where kernels are still to be compiled, else ''.
+
+    Numba keeps what it has compiled, so that it is said and waited for once.
+    """
+    if _backend is not onednn:
+        return ""
+    compiled = Path(onednn.kernels.convolve.stats.cache_path).glob("kernels.*.nbc")
+    return "" if any(compiled) else "First start: the kernels are compiled now, about a minute, once."
 
 
 def _after_fork() -> None:
