@@ -2,7 +2,7 @@
 
   python experiments/partial_training.py --order top-down        ResNet-32: 50, 50 and 100 epochs
   python experiments/partial_training.py --order bottom-up
-  python experiments/partial_training.py --order top-down --epoch 10    ten times shorter
+  python experiments/partial_training.py --order top-down --shorten 10  ten times shorter
   python experiments/partial_training.py --order top-down --stage 2     this stage only
   python experiments/partial_training.py --order bottom-up --scale 0.1  what the report proposes
 

@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 
 from plots.runs import Group
 
-ORDER = ("data", "training images", "schedule", "batchsize", "evaluation", "warm-up")
+ORDER = (
+    "data",
+    "training images",
+    "schedule",
+    "batchsize",
+    "augmentation",
+    "evaluation",
+    "warm-up",
+)
 
 
 def describe(key: str, value: object) -> str:
@@ -19,13 +27,16 @@ def describe(key: str, value: object) -> str:
             return f"batch {value}"
         case "evaluation":
             return f"{value} images"
+        case "augmentation":  # only where it is not the report's
+            return "no augmentation" if value == "none" else f"{value}s as the only augmentation"
         case "warm-up":
             return "warm-up" if value else ""
         case "schedule" if value.get("name") == "custom":
             drops = ", ".join(f"{drop:,}" for drop in value["drops"]) or "none"
             return f"{value['iterations']:,} iterations (drops: {drops})"
-        case "schedule" if value.get("name") == "partial":  # maybe shortened
-            return f"partial training, {value['iterations']:,} iterations in all"
+        case "schedule" if str(value.get("name")).startswith("partial"):  # maybe shortened
+            name = value["name"].replace("partial", "partial training")
+            return f"{name}, {value['iterations']:,} iterations in all"
         case "schedule":
             return f"schedule {value.get('name')}"
         case "data":

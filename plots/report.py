@@ -50,9 +50,11 @@ STARTS = {  # of args.json
     "iteration": "From iteration",
     "command": "Command",
     "data": "Data",
+    "data digest": "sha256 of images and labels",
     "device": "Device",
     "backend": "Backend",
     "versions": "Versions",
+    "packages": "Packages",
     "git": "Commit",
 }
 
@@ -154,10 +156,14 @@ def _start(start: dict) -> str:
     rows = ""
     for key, name in STARTS.items():
         value = start.get(key)
-        if key == "versions" and isinstance(value, dict):
+        if key == "packages" and key not in start:
+            continue  # as at the start before
+        if key in ("versions", "packages") and isinstance(value, dict):
             value = ", ".join(f"{package} {version}" for package, version in value.items())
         elif key == "git" and isinstance(value, dict):
-            value = f"{value.get('commit')}" + (", modified" if value.get("modified") else "")
+            kept = "its diff is in args.json" if value.get("diff") else "cannot be repeated"
+            modified = f", modified: {kept}" if value.get("modified") else ""
+            value = f"{value.get('commit')}{modified}"
         text = escape(str(results.BLANK if value is None else value))
         text = f"<code>{text}</code>" if key == "command" else text
         rows += f'<tr><th scope="row">{name}</th><td>{text}</td></tr>\n'

@@ -11,12 +11,25 @@ from resnet import random
 
 PADDING = 4
 OFFSETS = 2 * PADDING + 1  # along each axis: 81 crops in all
+KINDS = {  # what is random
+    "report": "random crops and flips",
+    "none": "none",
+    "crop": "random crops",
+    "flip": "random flips",
+}
 
 
-def draw(xp, seed: int, iteration: int, batchsize: int):
+def draw(xp, seed: int, iteration: int, batchsize: int, kind: str = "report"):
     """Where each image of a batch is cropped, and whether it is flipped.
 
-    A pure function of the seed, the iteration and the position in the batch.
+    A pure function of the seed, the iteration and the position in the batch. The crops of ``crop``
+    and the flips of ``flip`` are those of ``report``; what is not random leaves an image as it is.
+
+    Args:
+        xp: NumPy or CuPy.
+        seed, iteration: Of the batch.
+        batchsize: Images in it.
+        kind: One of ``KINDS``.
 
     Returns:
         ``(top, left, flip)``: int64 arrays (batchsize,); offsets in 0..8, flip 0 or 1.
@@ -24,7 +37,12 @@ def draw(xp, seed: int, iteration: int, batchsize: int):
     positions = xp.arange(batchsize)
     draws = random.below(xp, 2 * OFFSETS**2, seed, random.AUGMENT, iteration, positions)
     offset, flip = draws // 2, draws % 2
-    return offset // OFFSETS, offset % OFFSETS, flip
+    top, left = offset // OFFSETS, offset % OFFSETS
+    if kind in ("none", "flip"):
+        top, left = xp.full_like(top, PADDING), xp.full_like(left, PADDING)
+    if kind in ("none", "crop"):
+        flip = xp.zeros_like(flip)
+    return top, left, flip
 
 
 def crop_and_flip(x, top, left, flip):

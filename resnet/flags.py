@@ -7,7 +7,7 @@ from pathlib import Path
 
 import chainer
 
-from resnet import functions, parallel
+from resnet import augmentation, functions, parallel
 from resnet.command import USAGE, InputError, Parser
 
 BATCHSIZE = 128  # He et al. 2015, 4.2, and the report
@@ -62,12 +62,17 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
         help="images per iteration (default: %(default)s)")
     add("--epoch", "-e", type=whole_number(1), metavar="E",
         help="train so many epochs instead of the full schedule")
+    add("--shorten", type=whole_number(1), default=1, metavar="K",
+        help="train on the schedule K times shorter, its drops and stages alike (default: 1)")
     add("--warmup", choices=("auto", "on", "off"), default="auto",
         help="rate 0.01 until the training error is below 80%% (default: auto, from n = 18 on)")
     add("--seed", type=whole_number(0), default=0, metavar="S",
         help="fixes weights, order and augmentation (default: %(default)s)")
     add("--runs", type=whole_number(1), default=1, metavar="K",
         help="train with K seeds, from --seed up, and print mean and deviation (default: 1)")
+    add("--augmentation", choices=augmentation.KINDS, default="report",
+        help="report: random crops and flips; none, crop or flip show what they are good for "
+        "(default: %(default)s)")
     add("--data", metavar="PATH",
         help="CIFAR-10 as archive, unpacked folder or Chainer's cache; 'synthetic' for "
         "the embedded stand-in (default: $CHAINER_DATASET_ROOT or ~/.chainer/dataset, "
@@ -120,6 +125,8 @@ def check(args: argparse.Namespace) -> None:
     """
     if getattr(args, "drops", None) is not None and args.epoch is None:
         raise InputError("--drops: needs --epoch; legal: --epoch E --drops EPOCH ...", USAGE)
+    if args.shorten > 1 and args.epoch is not None:
+        raise InputError("--shorten: found with --epoch, legal: one of them", USAGE)
     if args.resume is not None and (args.n is None or len(args.n) > 1 or args.runs > 1):
         raise InputError(
             "--resume: one snapshot is of one network; legal: with one --n and one run", USAGE

@@ -56,7 +56,7 @@ class PartialTraining(Run):
         super().__init__("resnet", n, seed, setting)
         if self.args.resume is not None and self.args.stage is None:
             raise InputError("--resume: a snapshot is of one stage; legal: with --stage K", USAGE)
-        self.folder = self.args.out / f"{self.name}-{layers(n)}-seed{seed}"
+        self.folder = self.args.out / self.folder_name(self.name)
         self.stages = [Stage(self, number, setting) for number in range(1, len(STAGES) + 1)]
 
     def choose_schedule(self) -> schedule.Schedule:
@@ -66,11 +66,16 @@ class PartialTraining(Run):
         for plan in plans:
             drops += [before + drop for drop in plan.drops]
             before += plan.iterations
-        return schedule.Schedule("partial", before, tuple(drops))
+        name = plans[0].name.replace("stage 1", "partial")  # maybe shortened
+        return schedule.Schedule(name, before, tuple(drops))
+
+    @property
+    def choices(self) -> dict:
+        return {**super().choices, **options(self.args)}
 
     @property
     def identity(self) -> dict:
-        return {**super().identity, "architecture": self.name, **options(self.args)}
+        return {**super().identity, "architecture": self.name}
 
     def train(self) -> None:
         """Train every stage that is not complete, and put the last one's blocks beside the log."""
@@ -153,9 +158,12 @@ class Stage(Run):
         )
 
     @property
+    def choices(self) -> dict:
+        return {**super().choices, **options(self.args)}
+
+    @property
     def identity(self) -> dict:
-        own = {"order": self.whole.order, "stage": self.number}
-        return {**super().identity, **own, **options(self.args)}
+        return {**super().identity, "order": self.whole.order, "stage": self.number}
 
     def build(self) -> Network:
         """The network of this stage, its earlier blocks as the stage before left them."""
@@ -206,11 +214,12 @@ def options(args) -> dict:
 
 
 def stage_schedule(number: int, args, size: int) -> schedule.Schedule:
-    """The schedule of stage ``number``: the report's, or all of it shortened by ``--epoch``."""
+    """The schedule of stage ``number``: the report's, or all shortened by a flag."""
     length, drops = STAGES[number - 1]
     factor = (args.epoch or LAST_EPOCHS) / LAST_EPOCHS
     drops = [factor * drop for drop in drops]
-    return schedule.epochs(factor * length, drops, size, args.batchsize, f"stage {number}")
+    plan = schedule.epochs(factor * length, drops, size, args.batchsize, f"stage {number}")
+    return plan.shortened(args.shorten)
 
 
 def scale(block: chainer.ChainList, factor: float) -> None:

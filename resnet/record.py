@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -14,6 +15,10 @@ import h5py
 import numpy as np
 
 from resnet import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("resnet", "experiments")  # whose files a run is made from
+LARGEST_DIFF = 200_000  # characters of a modified checkout's diff that are kept
 
 
 def command() -> str:
@@ -31,7 +36,17 @@ def device_name(device: chainer.backend.Device) -> str:
     if device.xp is not np:
         properties = device.xp.cuda.runtime.getDeviceProperties(device.device.id)
         return f"GPU {device.device.id}, {properties['name'].decode()}"
-    return f"CPU, {cores()} cores, {platform.machine()}"
+    return f"CPU, {processor()}, {cores()} cores, {platform.machine()}"
+
+
+def processor() -> str:
+    """Model of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or "unknown model"
 
 
 def versions() -> dict[str, str]:
@@ -48,19 +63,47 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_state() -> dict | None:
-    """Commit of the checkout and whether a tracked file was changed; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+def packages() -> dict[str, str]:
+    """Versions of all installed packages."""
+    found = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
+    return {name: found[name] for name in sorted(found, key=lambda name: str(name).lower())}
+
+
+def git_state(root: Path = ROOT) -> dict | None:
+    """State of the checkout; None outside of one.
+
+    Returns:
+        ``commit``; ``modified``, whether a tracked file or a file of ``CODE`` differs from it; and
+        of a modified one ``diff``, which brings it back; or ``repeatable``, False, where the diff
+        is too large to be kept, or a file of ``CODE`` is in no commit.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", "-C", root, *words], capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
+            ["git", "-C", root, *words], capture_output=True, encoding="utf-8",
+            errors="surrogateescape", check=True, timeout=30,
+        ).stdout  # fmt: skip
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:
+        if Path(git("rev-parse", "--show-toplevel").strip()) != root:
             return None  # installed into an environment inside some other checkout
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return {"commit": git("rev-parse", "HEAD"), "modified": bool(changes)}
+        commit = git("rev-parse", "HEAD").strip()
+        new = git("ls-files", "--others", "--exclude-standard", *CODE)
+        diff = git("diff", "--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
+    if not diff and not new:
+        return {"commit": commit, "modified": False}
+    if new or len(diff) > LARGEST_DIFF:
+        return {"commit": commit, "modified": True, "repeatable": False}
+    return {"commit": commit, "modified": True, "diff": diff}
+
+
+def describe_code(git: dict | None) -> str:
+    """What ``git_state`` has found, in one line for people."""
+    if git is None:
+        return f"version {__version__}, not from a checkout"
+    if not git["modified"]:
+        return f"commit {git['commit']}"
+    kept = "its diff is in args.json" if "diff" in git else "a run that CANNOT BE REPEATED"
+    return f"commit {git['commit']}, modified: {kept}"

@@ -18,7 +18,18 @@ import numpy as np
 from chainer import training
 from chainer.training.extensions import LogReport
 
-from resnet import cifar10, extensions, files, flags, functions, parallel, record, schedule, weights
+from resnet import (
+    augmentation,
+    cifar10,
+    extensions,
+    files,
+    flags,
+    functions,
+    parallel,
+    record,
+    schedule,
+    weights,
+)
 from resnet.command import USAGE, InputError, clock
 from resnet.network import ARCHITECTURES, DEPTHS, Network, layers
 from resnet.parallel import ALONE, Processes
@@ -148,21 +159,32 @@ class Run:
         self.mean = cifar10.mean_image(self.train_x)
         self.schedule = self.choose_schedule()
         self.warm_up = args.warmup == "on" or (args.warmup == "auto" and n >= WARM_UP_FROM)
-        self.folder = args.out / f"{architecture}-{layers(n)}-seed{seed}"
+        self.folder = args.out / self.folder_name(architecture)
         self.stream = seed  # of order and augmentation
         self.request = setting.request
+
+    def folder_name(self, what: str) -> str:
+        """Name of the run folder of ``what``; see ``files.run_name``."""
+        shorten = {"shorten": self.args.shorten} if self.args.shorten > 1 else {}
+        return files.run_name(f"{what}-{layers(self.n)}", self.seed, shorten | self.choices)
 
     # What a kind of training of its own changes.
 
     def choose_schedule(self) -> schedule.Schedule:
-        """The schedule of ``--schedule``, or of ``--epoch`` and ``--drops``."""
+        """The schedule of ``--schedule``, maybe shortened, or of ``--epoch`` and ``--drops``."""
         args = self.args
         if args.epoch is not None:
             drops = args.drops if args.drops is not None else (args.epoch / 2, args.epoch * 3 / 4)
             return schedule.epochs(args.epoch, drops, self.size, args.batchsize)
         if args.schedule == "report100":
-            return schedule.report100(self.size, args.batchsize)
-        return schedule.he2015()
+            return schedule.report100(self.size, args.batchsize).shortened(args.shorten)
+        return schedule.he2015().shortened(args.shorten)
+
+    @property
+    def choices(self) -> dict:
+        """The choices beyond the report's that were made, by name; part of the identity."""
+        kind = self.args.augmentation
+        return {} if kind == "report" else {"augmentation": kind}
 
     @property
     def title(self) -> str:
@@ -182,6 +204,7 @@ class Run:
             "evaluation": self.evaluation,
             "schedule": json.loads(json.dumps(asdict(self.schedule))),
             "warm-up": self.warm_up,
+            **self.choices,
         }
 
     def build(self) -> Network:
@@ -208,8 +231,12 @@ class Run:
         self.setting.device.use()
         trainer, snapshots = self.make_trainer()
         resumed = self._resume(trainer, snapshots)
-        self._print_header(trainer.updater, resumed)
-        starts.append(self._start(trainer.updater.iteration))
+        start = self._start(trainer.updater.iteration)
+        self._print_header(trainer.updater, resumed, start["git"])
+        before = [each["packages"] for each in starts if "packages" in each]
+        if before[-1:] == [start["packages"]]:
+            del start["packages"]  # as at the start before
+        starts.append(start)
         if processes.rank == 0:
             write_record(self.folder, self.identity, starts)
         # A net that diverges is a result of the report: NaN is logged, not warned of.
@@ -247,6 +274,7 @@ class Run:
             self.warm_up,
             self.stream,
             self.setting.processes,
+            args.augmentation,
         )
         until_done = extensions.UntilDone(iterations, self.request)
         trainer = training.Trainer(updater, until_done, out=str(self.folder))
@@ -306,7 +334,7 @@ class Run:
         snapshots.resume(self.args.resume, trainer)
         return self.args.resume
 
-    def _print_header(self, updater: Updater, resumed: Path | None) -> None:
+    def _print_header(self, updater: Updater, resumed: Path | None, git: dict | None) -> None:
         plan, batchsize = self.schedule, self.args.batchsize
         drops = ", ".join(f"{drop:,}" for drop in plan.drops) or "none"
         warm_up = f", warm-up at {schedule.WARM_UP_RATE}" if self.warm_up else ""
@@ -318,6 +346,7 @@ class Run:
             f"# Data: {self.dataset.name}, {self.size:,} training and "
             f"{len(self.dataset.test_y):,} {self.evaluation} images"
         )
+        print(f"# Augmentation: {augmentation.KINDS[self.args.augmentation]}")
         processes = self.setting.processes
         shared = f", {batchsize // processes.size} in each of {processes.size} processes"
         print(f"# Minibatch-size: {batchsize}{shared if processes.size > 1 else ''}")
@@ -327,6 +356,7 @@ class Run:
             f"a tenth from iterations {drops}{warm_up})"
         )
         print(f"# Seed: {self.seed}")
+        print(f"# Code: {record.describe_code(git)}")
         print(f"# Run folder: {self.folder}")
         if resumed:
             print(f"# Going on from {resumed}, iteration {updater.iteration:,}")
@@ -340,10 +370,12 @@ class Run:
             "iteration": iteration,
             "command": record.command(),
             "data": self.dataset.source,
+            "data digest": self.dataset.digest,
             "device": record.device_name(self.setting.device),
             "backend": self.setting.backend,
             "processes": self.setting.processes.size,
             "versions": record.versions(),
+            "packages": record.packages(),
             "git": record.git_state(),
         }
 

@@ -55,6 +55,7 @@ class Updater(training.Updater):
         warm_up: Whether to begin with the warm-up of He et al. 2015, 4.2.
         seed: Seed of order and augmentation.
         processes: Those that train together; each takes its share of every batch.
+        augment: What is random about the images, one of ``augmentation.KINDS``.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Updater(training.Updater):
         warm_up: bool = False,
         seed: int = 0,
         processes: Processes = ALONE,
+        augment: str = "report",
     ) -> None:
         self.optimizer = optimizer
         self.images = images
@@ -74,6 +76,7 @@ class Updater(training.Updater):
         self.warm_up = WarmUp(warm_up)
         self.seed = seed
         self.processes = processes
+        self.augment = augment
         self.iteration = 0
         self._orders: dict[int, object] = {}  # at most the two passes that a batch can touch
         # Kept on the device: reading them every iteration would make the host wait for a GPU.
@@ -81,7 +84,8 @@ class Updater(training.Updater):
         self._loss, self._correct = xp.zeros((), np.float64), xp.zeros((), np.int64)
         self._updates = 0
         self._recorded = None
-        if processes.size == 1:  # a recorded step does not meet other processes
+        # A recorded step does not meet other processes, and has the report's augmentation.
+        if processes.size == 1 and augment == "report":
             self._recorded = functions.recorded_step(
                 optimizer,
                 images,
@@ -139,7 +143,7 @@ class Updater(training.Updater):
         xp = chainer.backend.get_array_module(self.images.x)
         share = self.processes.share(self.batchsize)
         x, t = self.images.batch(self._indices(xp)[share])
-        place = augmentation.draw(xp, self.seed, self.iteration, self.batchsize)
+        place = augmentation.draw(xp, self.seed, self.iteration, self.batchsize, self.augment)
         return augmentation.crop_and_flip(x, *(values[share] for values in place)), t
 
     def update(self) -> None:

@@ -33,7 +33,8 @@ def dataset():
         return (y[:, None, None, None] * 20 + noise).astype(np.uint8), y
 
     names = tuple(f"brightness {i}" for i in range(10))
-    return cifar10.Dataset("tiny", *images(40), *images(12), names, "made by the tests")
+    arrays = *images(40), *images(12)
+    return cifar10.Dataset("tiny", *arrays, names, "made by the tests", cifar10.digest(*arrays))
 
 
 @pytest.fixture(params=BACKENDS + ON_GPU, ids="-".join)

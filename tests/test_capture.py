@@ -94,6 +94,16 @@ def test_all_work_is_on_a_stream_that_can_be_recorded(gpu, dataset):
     assert gpu.stream.log == ["synchronize", "use"]  # the default stream's work is over by then
 
 
+def test_other_augmentation_than_the_reports_is_not_recorded_but_obeyed(gpu, dataset):
+    recorded = make_updater(dataset)
+    settings = recorded.optimizer, recorded.images, 16, recorded.schedule
+    updater = Updater(*settings, augment="none")
+    updater.update()
+    assert updater._recorded is None and "augment" not in gpu.launched
+    updater.iteration = 0
+    np.testing.assert_array_equal(updater.batch()[0], updater.images.batch(updater._indices(np))[0])
+
+
 @pytest.mark.parametrize("where", ["begin_capture", "end_capture", "a kernel"])
 def test_what_cannot_be_recorded_goes_on_eagerly_and_says_so(gpu, dataset, where, capsys,
                                                              monkeypatch):  # fmt: skip

@@ -96,6 +96,19 @@ def test_schedule_is_the_reports_and_can_be_shortened(dataset, tmp_path):
     assert [(plan.iterations, plan.drops) for plan in plans] == [(5, (4,)), (5, (4,)), (10, (4, 8))]
 
 
+def test_a_shortened_schedule_has_shorter_stages(dataset, tmp_path):
+    whole = make(dataset, tmp_path)
+    whole.args.epoch, whole.args.shorten = None, 4
+    plans = [stage.choose_schedule() for stage in whole.stages]
+    # 12.5, 12.5 and 25 epochs of 40 images in batches of 16, the rate divided at 10 and 20.
+    assert [(plan.name, plan.iterations, plan.drops) for plan in plans] == [
+        ("stage 1 / 4", 32, (25,)), ("stage 2 / 4", 32, (25,)), ("stage 3 / 4", 63, (25, 50)),
+    ]  # fmt: skip
+    together = whole.choose_schedule()
+    assert (together.name, together.iterations) == ("partial / 4", 127)
+    assert together.drops == (25, 57, 89, 114)
+
+
 def test_a_stage_begins_with_what_the_one_before_saved(finished):
     for before, stage in zip(finished.stages, finished.stages[1:], strict=False):
         network = stage.build()
@@ -207,12 +220,20 @@ def test_a_snapshot_needs_its_stage(dataset, tmp_path):
         make(dataset, tmp_path, "--resume", "x.npz", "--n", "1")
 
 
-def test_other_choices_are_other_runs(dataset, finished, tmp_path):
+def test_other_choices_are_other_runs_beside_each_other(dataset, finished, tmp_path):
+    scaled = make(dataset, tmp_path, "--scale", "0.5", "--stage", "1", order=finished.order)
+    scaled.train()
+    assert scaled.folder.name == f"{finished.name}-8-scale0.5-seed0"
+    chosen = make(dataset, tmp_path, "--shorten", "2", "--freeze", "--new-ends")
+    assert chosen.folder.name == "top_down-8-shorten2-freeze-new-ends-seed0"
+    # And whoever gives the folder another name is told.
+    finished.folder.rename(tmp_path / "aside")
+    scaled.folder.rename(finished.folder)
+    with pytest.raises(InputError, match=r"scale = 0\.5, asked for is scale = None"):
+        make(dataset, tmp_path, order=finished.order).train()
+    (tmp_path / "aside").rename(scaled.folder)
     with pytest.raises(InputError, match=r"scale = None, asked for is scale = 0\.5"):
         make(dataset, tmp_path, "--scale", "0.5", order=finished.order).train()
-    make(dataset, tmp_path / "scaled", "--scale", "0.5", "--stage", "1").train()
-    with pytest.raises(InputError, match=r"scale = 0\.5, asked for is scale = None"):
-        make(dataset, tmp_path / "scaled", "--stage", "1").train()
 
 
 def test_blocks_of_a_stage_are_not_taken_for_a_whole_network(finished):

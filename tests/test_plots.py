@@ -76,6 +76,22 @@ def test_a_shortened_partial_training_is_told_from_the_reports():
     assert short == "partial training, 3,127 iterations in all" and whole != short
 
 
+def test_a_shortened_schedule_is_named_in_tables_and_figures(tmp_path):
+    plan = {"name": "he2015 / 4", "iterations": 40, "drops": [20, 30]}
+    copy_run("resnet-32-seed0", tmp_path / "a")
+    copy_run("resnet-32-seed0", tmp_path / "b", schedule=plan)
+    partial = {"name": "partial / 4", "iterations": 60, "drops": []}
+    copy_run("top_down-32-seed0", tmp_path / "c", schedule=partial)
+    groups = logs.read([tmp_path])
+    notes = [table.note for table in find_tables(groups, "Fig. 6")]
+    assert ["he2015 / 4" in note for note in notes] == [False, True]
+    (table,) = find_tables(groups, "III.B")
+    assert table.rows[1][3].text == "partial training / 4, 60 iterations in all"
+    drawn = [(name, title) for name, title, _ in figures.draw(figures.PICTURES[1], groups)]
+    assert [name for name, _ in drawn][1] == "fig5-schedule-he2015-4"
+    assert "he2015 / 4" in drawn[1][1]
+
+
 def test_seeds_are_one_group_and_other_data_is_another(groups):
     names = [(g.name, g.conditions["data"], len(g.runs)) for g in groups]
     assert names == [
@@ -95,6 +111,7 @@ def test_seeds_are_one_group_and_other_data_is_another(groups):
         {"schedule": {"name": "he2015", "iterations": 40, "drops": [20, 30]}},
         {"batchsize": 20},
         {"warm-up": True},
+        {"augmentation": "none"},
         {"something new": 1},
     ],
 )

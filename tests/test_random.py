@@ -52,6 +52,20 @@ def test_draws_of_an_image_do_not_depend_on_the_batch_size():
         assert (few == many[:16]).all()
 
 
+def test_what_is_not_random_leaves_an_image_as_it_is_and_the_rest_is_the_reports():
+    top, left, flip = augmentation.draw(np, 4, 99, 64)
+    x = np.random.RandomState(0).randn(64, 3, 32, 32).astype(np.float32)
+
+    def augmented(kind):
+        return augmentation.crop_and_flip(x, *augmentation.draw(np, 4, 99, 64, kind))
+
+    np.testing.assert_array_equal(augmented("none"), x)
+    np.testing.assert_array_equal(augmented("crop"), slow_crop_and_flip(x, top, left, 0 * flip))
+    middle = np.full(64, augmentation.PADDING)
+    np.testing.assert_array_equal(augmented("flip"), slow_crop_and_flip(x, middle, middle, flip))
+    assert (augmented("flip") != x).any() and (augmented("crop") != x).any()
+
+
 def slow_crop_and_flip(x, top, left, flip):
     """The report's words, one image and one step at a time."""
     images = []

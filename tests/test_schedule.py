@@ -27,6 +27,15 @@ def test_custom_schedule_rounds_up_to_whole_batches():
     assert plan.drops == (5,)
 
 
+def test_a_shortened_schedule_has_its_drops_at_the_same_parts_and_says_so():
+    plan = schedule.he2015().shortened(4)
+    assert plan == schedule.Schedule("he2015 / 4", 16_000, (8_000, 12_000))
+    assert [plan.rate(i) for i in (7_999, 8_000, 12_000)] == [0.1, 0.01, 0.001]
+    quarter = schedule.report100(50_000, 128).shortened(4)
+    assert (quarter.iterations, quarter.drops) == (9_766, (3_907, 7_813))  # 25, 10, 20 epochs
+    assert schedule.he2015().shortened(1) == schedule.he2015()
+
+
 def feed(warm_up, errors, start=0):
     for iteration, error in enumerate(errors, start):
         if not warm_up.active:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import chainer
 import h5py
@@ -69,6 +70,8 @@ def test_a_run_leaves_log_blocks_snapshot_and_arguments(finished, capsys):
     start = record["starts"][0]
     assert start["versions"]["chainer"] == chainer.__version__
     assert start["device"].startswith("CPU")
+    assert start["data digest"] == finished.dataset.digest
+    assert start["packages"]["chainer"] == chainer.__version__
     description = weights.describe(folder / "blocks.h5")
     assert (description.architecture, description.n, description.epoch) == ("resnet", 1, 3)
 
@@ -154,6 +157,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
         np.testing.assert_array_equal(value, found[name], err_msg=name)
     starts = json.loads((run.folder / "args.json").read_text())["starts"]
     assert [start["iteration"] for start in starts] == [0, iteration]
+    assert ["packages" in start for start in starts] == [True, False]  # once, as they are the same
 
 
 def test_a_signal_in_a_runs_last_iteration_stops_before_the_next_run(
@@ -288,6 +292,34 @@ def test_resume_refuses_what_is_no_snapshot_of_this_run(dataset, tmp_path, monke
 def test_a_folder_of_another_run_is_refused(dataset, finished, tmp_path):
     with pytest.raises(InputError, match="batchsize = 16, asked for is batchsize = 8"):
         make_run(dataset, tmp_path, "-b", "8").train()
+
+
+def test_a_shortened_run_lies_beside_the_full_one_and_is_no_other_run(dataset, tmp_path):
+    words = ["--n", "1", "--data", "synthetic", "--out", str(tmp_path)]
+    setting = make_run(dataset, tmp_path).setting
+    full, quarter = (
+        training.Run("resnet", 1, 0, replace(setting, args=args))
+        for args in map(
+            flags.add_schedule(flags.parser("")).parse_args,
+            (["-b", "16", *words], ["-b", "16", *words, "--shorten", "4"]),
+        )
+    )
+    assert (full.folder.name, quarter.folder.name) == ("resnet-8-seed0", "resnet-8-shorten4-seed0")
+    assert quarter.identity["schedule"] == {
+        "name": "he2015 / 4", "iterations": 16_000, "drops": [8_000, 12_000],
+    }  # fmt: skip
+    assert {**quarter.identity, "schedule": full.identity["schedule"]} == full.identity
+
+
+def test_augmentation_is_part_of_a_run_and_of_its_folders_name(dataset, finished, tmp_path):
+    run = make_run(dataset, tmp_path, "--augmentation", "none")
+    run.train()
+    assert run.folder.name == "resnet-8-augmentation-none-seed0"
+    assert run.identity == {**finished.identity, "augmentation": "none"}
+    assert read_log(run.folder) != read_log(finished.folder)
+    updater = run.make_trainer()[0].updater
+    x, _ = updater.batch()
+    np.testing.assert_array_equal(x, updater.images.batch(updater._indices(np))[0])
 
 
 @pytest.mark.parametrize(

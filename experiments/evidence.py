@@ -1,0 +1,229 @@
+"""Train all that the report's claims are judged by, in the order in which it tells most.
+
+  python experiments/evidence.py --data PATH --out runs       or: make evidence DATA=PATH OUT=runs
+  python experiments/evidence.py --out runs --list            what is complete, and what is not
+  python experiments/evidence.py --full --backend cuda        in full, five seeds, on a GPU
+
+Stop it at will: SIGTERM, as Ctrl-C, lets the training in progress write its snapshot, and the same
+command goes on. What is complete is skipped, and what another process is training, too: the same
+command, started twice, trains two networks at a time. Each takes OMP_NUM_THREADS threads.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+# Python looks for modules beside the script first, and there 'resnet' is another script.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from resnet import command, files, record
+from resnet.command import InputError
+from resnet.extensions import StopRequest
+from resnet.network import layers
+from resnet.training import UNFINISHED
+
+SCRIPTS = {
+    "plain": ["plain.py"],
+    "resnet": ["resnet.py"],
+    "resresnet": ["resresnet.py"],
+    "top_down": ["partial_training.py", "--order", "top-down"],
+    "bottom_up": ["partial_training.py", "--order", "bottom-up"],
+}
+PASSED_ON = ("data", "backend", "device", "precision")  # flags for the experiments
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of the list.
+
+    Attributes:
+        net: A name in ``SCRIPTS``.
+        n: Modules per block.
+        shorten: As the flag.
+        choices: Flags beyond the report's, by name.
+        seed: As the flag.
+    """
+
+    net: str
+    n: int
+    shorten: int = 4
+    choices: dict = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of its run folder."""
+        shorten = {"shorten": self.shorten} if self.shorten > 1 else {}
+        return files.run_name(f"{self.net}-{layers(self.n)}", self.seed, shorten | self.choices)
+
+    @property
+    def words(self) -> list[str]:
+        """The experiment's script and its flags."""
+        words = [*SCRIPTS[self.net], "--n", self.n, "--seed", self.seed]
+        words += ["--shorten", self.shorten] if self.shorten > 1 else []
+        for name, value in self.choices.items():
+            words += [f"--{name}"] if value is True else [f"--{name}", value]
+        return list(map(str, words))
+
+
+def three(n: int, shorten: int = 4) -> tuple[Training, ...]:
+    """The three architectures in one depth."""
+    return tuple(Training(net, n, shorten) for net in ("plain", "resnet", "resresnet"))
+
+
+SMALL = {"scale": 0.1}  # what the report proposes for a new block (III.B)
+WHOLE = Training("resnet", 5)
+PARTIAL = (Training("top_down", 5), Training("bottom_up", 5))
+WITHOUT = Training("resnet", 3, choices={"augmentation": "none"})
+DEEPER = (*three(5)[::2], *three(9), *three(7), *three(18))
+# Seeds, and what is trained with each of them; in a quarter of the schedule where nothing is said.
+LIST = (
+    ((0, 1, 2), three(3)),
+    ((0,), (WHOLE, *PARTIAL)),
+    ((0, 1, 2), (WITHOUT,)),
+    ((0,), three(5)[::2]),  # its ResNet is above
+    ((0,), three(9)),
+    ((0,), (Training("resnet", 3, shorten=1),)),
+    ((0,), three(7)),
+    ((0,), three(18)),
+    ((1, 2), (WHOLE, *PARTIAL)),
+    ((0, 1, 2), [replace(each, choices=SMALL) for each in PARTIAL]),
+    ((0,), three(3, shorten=1)[::2]),
+    ((0, 1, 2), [replace(each, choices={"freeze": True}) for each in PARTIAL]),
+    ((1, 2), DEEPER),
+    ((1, 2), three(3, shorten=1)),
+)
+FULL_SEEDS = range(5)
+
+
+def trainings(full: bool = False) -> list[Training]:
+    """The list, training by training.
+
+    Args:
+        full: Nothing shortened and ``FULL_SEEDS`` of each, the first seed of all of them first.
+    """
+    listed = [replace(each, seed=seed) for seeds, some in LIST for seed in seeds for each in some]
+    if not full:
+        return listed
+    every = [
+        replace(each, shorten=1, seed=seed)
+        for seed in FULL_SEEDS
+        for each in listed
+        if each.seed == 0
+    ]
+    return [each for i, each in enumerate(every) if each not in every[:i]]
+
+
+class Trainer:
+    """Runs one training at a time, and hands the signals that it gets on to it.
+
+    Attributes:
+        stopped: Whether there was a signal.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._child = None
+        for number in StopRequest.SIGNALS:
+            signal.signal(number, self._hand_on)
+
+    def run(self, words: list[str]) -> int:
+        """Exit status of ``python *words``."""
+        # In a session of its own, a Ctrl-C comes to it once, from here.
+        self._child = subprocess.Popen([sys.executable, *words], start_new_session=True)
+        if self.stopped:  # in between
+            self._child.terminate()
+        status = self._child.wait()
+        self._child = None
+        return status
+
+    def _hand_on(self, number: int, _frame: object) -> None:
+        self.stopped = True
+        if self._child is not None:
+            self._child.send_signal(number)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run folder holds the blocks that are saved at the end."""
+    return (folder / "blocks.h5").exists()
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether another process writes to a run folder."""
+    try:
+        with files.only_writer(folder):
+            return False
+    except (InputError, FileNotFoundError) as error:
+        return isinstance(error, InputError)
+
+
+def train_all(wanted: list[Training], out: Path, passed_on: list[str]) -> None:
+    """Train what is not complete, one after the other; ends the process where one is stopped."""
+    scripts = Path(os.path.relpath(Path(__file__).parent))
+    trainer = Trainer()
+    taken = 0
+    for number, each in enumerate(wanted, 1):
+        folder = out / each.name
+        if is_complete(folder):
+            continue
+        words = [str(scripts / each.words[0]), *each.words[1:], "--out", str(out), *passed_on]
+        print(f"== {number} of {len(wanted)}: python {shlex.join(words)}", flush=True)
+        status = UNFINISHED if trainer.stopped else trainer.run(words)
+        if trainer.stopped or status == UNFINISHED:
+            done = sum(is_complete(out / every.name) for every in wanted)
+            print(f"stopped with {done} of {len(wanted)} complete; the same command goes on")
+            sys.exit(UNFINISHED)
+        if status < 0:
+            killer = signal.Signals(-status).name
+            raise InputError(f"{folder}: training was killed by {killer}; the same command goes on")
+        if status and is_taken(folder):
+            taken += 1
+        elif status:
+            sys.exit(status)  # it has said why
+    if taken:
+        print(f"{taken} of {len(wanted)} are being trained by other processes, the rest complete")
+        sys.exit(UNFINISHED)
+    print(f"all {len(wanted)} complete in {out}")
+
+
+def flags_of(args: argparse.Namespace) -> Iterator[str]:
+    """The flags for the experiments that were given."""
+    for name in PASSED_ON:
+        if (value := getattr(args, name)) is not None:
+            yield from (f"--{name}", value)
+
+
+def main() -> None:
+    p = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", "-o", type=Path, default=Path("runs"), metavar="FOLDER",
+                   help="folder for the run folders (default: %(default)s)")  # fmt: skip
+    p.add_argument("--list", action="store_true", help="print the list and train nothing")
+    p.add_argument(
+        "--full", action="store_true", help="shorten nothing, train each with five seeds"
+    )
+    for name in PASSED_ON:
+        p.add_argument(f"--{name}", metavar=name.upper(), help="as of every experiment")
+    args = p.parse_args()
+    wanted = trainings(args.full)
+    if args.list:
+        for each in wanted:
+            done = "complete" if is_complete(args.out / each.name) else ""
+            print(f"{done:8}  {args.out / each.name}  python experiments/{shlex.join(each.words)}")
+        return
+    state = record.git_state()
+    if state and state["modified"]:
+        raise InputError(
+            f"{record.ROOT}: modified since commit {state['commit'][:12]}; "
+            "legal: a commit as it is, so that what is measured can be measured again"
+        )
+    train_all(wanted, args.out, list(flags_of(args)))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,100 @@
+"""The list of trainings that the claims need: skipped, stopped, shared and gone on with."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, python
+
+from resnet import files
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import evidence
+from evidence import Training
+
+sys.path.remove(str(ROOT / "experiments"))  # where 'resnet' is another script
+
+DRIVER = """
+import sys
+sys.path.insert(0, "experiments")
+import evidence
+from evidence import Training
+from resnet import command, record
+evidence.LIST = [((0,), [{trainings}])]
+record.git_state = lambda: {state}
+command.run(evidence.main)
+"""
+SHORT = "Training('plain', 1, 32000)"  # 2 iterations
+SCALED = "Training('top_down', 1, 20000, {'scale': 0.1})"
+LONG = "Training('resnet', 1, 1)"
+
+
+def words(out, *trainings, state=None):
+    driver = DRIVER.format(trainings=", ".join(trainings), state=state)
+    return "-c", driver, "--data", "synthetic", "--out", str(out), "--device", "cpu"
+
+
+def test_the_list_is_trained_in_order_and_skipped_when_it_is_complete(tmp_path):
+    done = python(*words(tmp_path, SHORT, SCALED))
+    assert done.returncode == 0, done.stderr
+    assert f"all 2 complete in {tmp_path}" in done.stdout
+    names = ["plain-8-shorten32000-seed0", "top_down-8-shorten20000-scale0.1-seed0"]
+    assert sorted(os.listdir(tmp_path)) == names
+    assert done.stdout.index(names[0]) < done.stdout.index(names[1])
+    assert "python experiments/plain.py --n 1 --seed 0 --shorten 32000" in done.stdout
+    again = python(*words(tmp_path, SHORT, SCALED))
+    assert (again.returncode, again.stdout) == (0, f"all 2 complete in {tmp_path}\n")
+    listed = python(*words(tmp_path, SHORT, LONG), "--list").stdout.splitlines()
+    assert [line.startswith("complete") for line in listed] == [True, False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_and_the_training_in_progress_with_a_snapshot(tmp_path, number):
+    process = subprocess.Popen(
+        [sys.executable, *words(tmp_path, LONG, SHORT)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        for line in process.stdout:
+            if line.startswith("    1 "):
+                break
+        process.send_signal(number)
+        rest = process.stdout.read()
+    assert process.returncode == 75
+    assert f"stopped by {number.name} after iteration" in rest
+    assert "stopped with 0 of 2 complete; the same command goes on" in rest
+    assert list((tmp_path / "resnet-8-seed0").glob("snapshot_iter_*.npz"))
+
+
+def test_what_another_process_trains_is_left_to_it(tmp_path):
+    folder = tmp_path / Training("resnet", 1, 1).name
+    folder.mkdir()
+    with files.only_writer(folder):
+        done = python(*words(tmp_path, LONG, SHORT))
+    assert done.returncode == 75
+    assert "1 of 2 are being trained by other processes" in done.stdout
+    assert (tmp_path / "plain-8-shorten32000-seed0/blocks.h5").exists()
+
+
+def test_a_mistake_is_told_once_and_ends_it(tmp_path):
+    done = python(*words(tmp_path, SHORT, LONG), "--backend", "mkl")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "--backend: invalid choice: 'mkl'" in line
+
+
+def test_a_modified_checkout_is_refused(tmp_path):
+    done = python(*words(tmp_path, SHORT, state={"commit": "0123456789abcdef", "modified": True}))
+    assert done.returncode == 1 and "modified since commit 0123456789ab; legal:" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_training_of_the_list_has_a_folder_of_its_own():
+    for full in (False, True):
+        names = [each.name for each in evidence.trainings(full)]
+        assert len(set(names)) == len(names)
+        assert not full or not any("shorten" in name for name in names)
+    first = [each.name for each in evidence.trainings()[:3]]
+    assert first == [f"{net}-20-shorten4-seed0" for net in ("plain", "resnet", "resresnet")]

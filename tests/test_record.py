@@ -1,0 +1,84 @@
+"""What a run was made with is recorded whole."""
+
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import chainer
+import pytest
+
+from resnet import record
+
+
+def git(*words, cwd, **options):
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    return subprocess.run(
+        ["git", *identity, *words], cwd=cwd, check=True, capture_output=True, **options
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    git("init", "-q", cwd=tmp_path)
+    (tmp_path / "resnet").mkdir()
+    (tmp_path / "resnet/code.py").write_text("a = 1\nb = 'é'\n")
+    (tmp_path / ".gitignore").write_text("__pycache__/\n")
+    git("add", ".", cwd=tmp_path)
+    git("commit", "-qm", "code", cwd=tmp_path)
+    return tmp_path
+
+
+def test_a_clean_checkout_is_told_by_its_commit(checkout):
+    (checkout / "resnet/__pycache__").mkdir()
+    (checkout / "resnet/__pycache__/code.pyc").write_text("")
+    (checkout / "log").write_text("not code")
+    state = record.git_state(checkout)
+    assert state.keys() == {"commit", "modified"} and not state["modified"]
+    assert record.describe_code(state) == f"commit {state['commit']}"
+
+
+def test_the_diff_of_a_modified_checkout_brings_it_back(checkout, tmp_path_factory):
+    modified = "a = 2\nb = 'é'\n".encode() + b"c = '\xff'\n"  # not all of it UTF-8
+    (checkout / "resnet/code.py").write_bytes(modified)
+    (checkout / "resnet/staged.py").write_text("d = 1\n")
+    git("add", "resnet/staged.py", cwd=checkout)
+    state = record.git_state(checkout)
+    assert state["modified"] and "diff" in record.describe_code(state)
+    again = tmp_path_factory.mktemp("again")
+    git("clone", "-q", str(checkout), ".", cwd=again)
+    git("checkout", "-q", state["commit"], cwd=again)
+    git("apply", "-", cwd=again, input=state["diff"].encode("utf-8", "surrogateescape"))
+    assert (again / "resnet/code.py").read_bytes() == modified
+    assert (again / "resnet/staged.py").read_text() == "d = 1\n"
+
+
+def test_what_cannot_be_kept_is_said_to_be_unrepeatable(checkout, monkeypatch):
+    (checkout / "resnet/code.py").write_text("a = 3\n" * 1000)
+    monkeypatch.setattr(record, "LARGEST_DIFF", 1000)
+    found = [record.git_state(checkout)]
+    git("checkout", "-q", ".", cwd=checkout)
+    (checkout / "resnet/new.py").write_text("in no commit")
+    found.append(record.git_state(checkout))
+    for state in found:
+        assert state["modified"] and state["repeatable"] is False and "diff" not in state
+        assert "CANNOT BE REPEATED" in record.describe_code(state)
+
+
+def test_outside_of_a_checkout_there_is_the_version(tmp_path):
+    assert record.git_state(tmp_path) is None
+    assert "not from a checkout" in record.describe_code(None)
+
+
+def test_all_installed_packages_are_recorded_with_their_versions():
+    packages = record.packages()
+    assert packages["chainer"] == chainer.__version__
+    assert packages["numpy"] == version("numpy") and len(packages) > 10
+
+
+def test_the_cpu_is_named_by_its_model():
+    name = record.device_name(chainer.get_device("@numpy"))
+    info = Path("/proc/cpuinfo")
+    if info.exists() and "model name" in (text := info.read_text()):
+        model = text.split("model name", 1)[1].split(":", 1)[1].splitlines()[0].strip()
+        assert model in name
+    assert name.startswith("CPU, ") and "cores" in name
