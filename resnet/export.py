@@ -135,7 +135,7 @@ def torch_source(description: weights.Description, path: Path) -> str:
     )
 
 
-def from_torch(path: Path) -> tuple[Network, weights.Description, np.ndarray]:
+def from_torch(path: Path | str) -> tuple[Network, weights.Description, np.ndarray]:
     """Read a state dict of a PyTorch ResNet for CIFAR-10 with akamaster's names.
 
     Its option A puts the channels of zeros on both sides of x, so that the channels of its later
@@ -154,7 +154,7 @@ def from_torch(path: Path) -> tuple[Network, weights.Description, np.ndarray]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content = content.get("state_dict", content)
-        arrays = {name.removeprefix("module."): np.array(a) for name, a in content.items()}
+        arrays = {name.removeprefix("module."): a.numpy() for name, a in content.items()}
     except (OSError, RuntimeError, pickle.UnpicklingError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: not a readable state dict ({reason}); {legal}") from None

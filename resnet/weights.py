@@ -20,6 +20,23 @@ from resnet.command import InputError
 from resnet.network import ARCHITECTURES, GROUPS, Network
 
 IMAGE = (3, 32, 32)  # shape of an image of CIFAR-10
+ABOUT = {  # attributes for who has an HDF5 reader and nothing of ours; the README has them, too
+    "format": "1",
+    "input": "RGB images, (N, 3, 32, 32): value / 255 - mean",
+    "layout": "convolutions: W (out, in, row, column), padding 1, no bias; fc: W (out, in), b",
+    "normalization": "bn(x) = gamma * (x - avg_mean) / sqrt(avg_var + epsilon) + beta",
+    "epsilon": 2e-5,
+    "network": "conv1: ReLU(bn(conv(x))); the blocks conv2, conv3, conv4: modules 0 .. n-1 in a "
+    "row; mean over the pixels; fc: logits, in the order of classes",
+    "module": "F = bn2(conv2(ReLU(bn1(conv1(x))))); plain: ReLU(F); resnet, resresnet: "
+    "ReLU(F + A(x)); resresnet: a block's output y is ReLU(y + A(x)), x its input",
+    "stride": "2 in conv1 of module 0 of conv3 and conv4; else 1",
+    "shortcut": "A, option A: where sizes differ every second pixel, then channels of zeros behind",
+    "absent": "a block that groups does not name: mean over 2 x 2 pixels where its stride is 2, "
+    "then channels of zeros behind",
+    "N": "Chainer's count of updates of the statistics; no part of the function",
+    "license": "MIT",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,7 @@ class Description:
     version: str = __version__
 
 
-def save(path: Path, network: Network, description: Description, mean: np.ndarray) -> None:
+def save(path: Path | str, network: Network, description: Description, mean: np.ndarray) -> None:
     """Write the weights and batch-normalization statistics of the groups that are present.
 
     Args:
@@ -46,9 +63,10 @@ def save(path: Path, network: Network, description: Description, mean: np.ndarra
         description: What it is.
         mean: Per-pixel mean of the training images, float32 (3, 32, 32), in units of 0..1.
     """
+    path = Path(path)
     content = io.BytesIO()  # HDF5 itself crashes the process on a full disk
     with h5py.File(content, "w") as file:
-        for key, value in asdict(description).items():
+        for key, value in {**ABOUT, **asdict(description)}.items():
             file.attrs[key] = value
         file["mean"] = chainer.cuda.to_cpu(mean)
         for name in description.groups:
@@ -57,7 +75,7 @@ def save(path: Path, network: Network, description: Description, mean: np.ndarra
         temporary.write_bytes(content.getbuffer())
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path | str) -> Description:
     """Read what the weights in ``path`` are.
 
     Raises:
@@ -87,7 +105,7 @@ def describe(path: Path) -> Description:
         ) from None
 
 
-def read_mean(path: Path) -> np.ndarray:
+def read_mean(path: Path | str) -> np.ndarray:
     """The per-pixel mean that the network of ``path`` was trained with, float32 (3, 32, 32)."""
     with _open(path) as file:
         if "mean" not in file or file["mean"].shape != IMAGE:
@@ -96,7 +114,7 @@ def read_mean(path: Path) -> np.ndarray:
 
 
 def load(
-    path: Path, network: Network, architecture: str, groups: Collection[str] | None = None
+    path: Path | str, network: Network, architecture: str, groups: Collection[str] | None = None
 ) -> None:
     """Load blocks from ``path`` into ``network``.
 
@@ -128,7 +146,7 @@ def load(
             raise InputError(f"{path}: damaged, cannot read {name}: {error}") from None
 
 
-def restore(path: Path) -> tuple[Network, Description]:
+def restore(path: Path | str) -> tuple[Network, Description]:
     """Build the network that ``path`` describes and load its weights."""
     description = describe(path)
     if description.architecture not in ARCHITECTURES:
@@ -141,7 +159,8 @@ def restore(path: Path) -> tuple[Network, Description]:
     return network, description
 
 
-def _open(path: Path) -> h5py.File:
+def _open(path: Path | str) -> h5py.File:
+    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; legal: blocks.h5 of a run")
     try:
