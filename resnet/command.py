@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -47,6 +49,10 @@ def run(command: Callable[[], None]) -> None:
     """Call ``command`` and end the process with one line instead of a traceback on a user error."""
     try:
         command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; at the end Python flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except InputError as error:
         fail(f"error: {error}", error.code)
     except OSError as error:  # an unwritable or full folder met after the checks at the start

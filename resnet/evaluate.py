@@ -13,7 +13,7 @@ from pathlib import Path
 
 import chainer
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from resnet import cifar10, command, extensions, flags, functions, training, weights
 from resnet.command import InputError, Parser
@@ -26,8 +26,8 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
     return np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, -1)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An image file as a network sees it: cropped to its central square, scaled to 32 x 32.
+def read_image(path: Path | str) -> np.ndarray:
+    """An image file as a network sees it: upright, its central square, scaled to 32 x 32.
 
     Returns:
         uint8 (3, 32, 32).
@@ -36,7 +36,8 @@ def read_image(path: Path) -> np.ndarray:
         InputError: The file is missing or no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)  # a photograph says how it was held
             side = min(image.size)
             left, top = ((length - side) // 2 for length in image.size)
             square = image.convert("RGB").crop((left, top, left + side, top + side))
@@ -70,10 +71,10 @@ def print_classes(paths: list[Path], logits: np.ndarray, classes: tuple[str, ...
         print(f"{path}: " + ", ".join(f"{classes[i]} {probabilities[i]:.1%}" for i in best))
 
 
-def recorded_data(path: Path) -> str | None:
+def recorded_data(path: Path | str) -> str | None:
     """Where the run of a blocks.h5 had its images from, if they are still there."""
     try:
-        source = json.loads(path.with_name("args.json").read_text())["starts"][-1]["data"]
+        source = json.loads(Path(path).with_name("args.json").read_text())["starts"][-1]["data"]
     except (OSError, ValueError, LookupError):
         return None
     return source if Path(source).exists() else None

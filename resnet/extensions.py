@@ -5,18 +5,20 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import signal
 import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import chainer
 import numpy as np
 from chainer import training
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
-from resnet import files, functions
+from resnet import files, flags, functions
 from resnet.command import InputError, clock
 from resnet.parallel import ALONE, Processes
 from resnet.updater import Images
@@ -277,18 +279,20 @@ class Snapshots(training.Extension):
 
 
 def refuse_other_run(where: str, found: dict, wanted: dict) -> None:
-    """Raise ``InputError`` naming the first thing in which two runs differ."""
+    """Raise ``InputError`` naming the flags of the first thing in which two runs differ."""
     for key in {**wanted, **found}:
         if found.get(key) != wanted.get(key):
             raise InputError(
-                f"{where}: of a run with {key} = {found.get(key)}, "
-                f"asked for is {key} = {wanted.get(key)}; "
-                "give that run's flags, or another --out"
+                f"{where}: holds {flags.spell(key, found, wanted)}, asked for is "
+                f"{flags.spell(key, wanted, found)}; give that run's flags, or another --out"
             )
 
 
 class Progress(training.Extension):
     """One printed line per epoch; on a terminal also a bar with the time left.
+
+    Both fit the terminal's width, as it is when they are printed: columns are left out, then the
+    bar gets shorter. A launcher gives its processes terminals that nobody sees; there is no bar.
 
     Args:
         log_report: The trainer's ``LogReport``, whose newest entry is printed.
@@ -298,6 +302,10 @@ class Progress(training.Extension):
 
     priority = AFTER_LOG
     BAR = 30
+    WIDTHS: ClassVar = {"epoch": 5, "iteration": 9, "rate": 6, "train loss": 10, "train error": 11,
+              "test error": 16, "time": 8, "left": 8}  # fmt: skip
+    NEEDLESS = ("left", "iteration", "time", "rate", "train error")  # left out in this order
+    LAUNCHERS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")  # variables of their processes
 
     def __init__(self, log_report, evaluation: str, iterations: int, out=sys.stdout) -> None:
         self.log_report = log_report
@@ -305,41 +313,72 @@ class Progress(training.Extension):
         self.iterations = iterations
         self.out = out
         self._bar_at = 0.0
+        self._head: list[str] = []
+        self._terminal = False
 
     def initialize(self, trainer) -> None:
         self._start = time.monotonic(), trainer.updater.iteration
         self._printed = len(self.log_report.log)
-        print(
-            "epoch  iteration   rate    train loss  train error  "
-            f"{self.evaluation + ' error':>16}  {'time':>8}  {'left':>8}",
-            file=self.out,
-            flush=True,
-        )
+        launched = any(name in os.environ for name in self.LAUNCHERS)
+        self._terminal = self.out.isatty() and not launched
+        self._print_head()
 
     def __call__(self, trainer) -> None:
         log = self.log_report.log
-        terminal = self.out.isatty()
+        left = clock(self._left(trainer))
         if len(log) > self._printed:
             self._printed = len(log)
             entry = log[-1]
-            self._write(
-                ("\r\033[K" if terminal else "")
-                + f"{entry['epoch']:5d}  {entry['iteration']:9d}  {entry['lr']:<6g}  "
-                f"{entry['main/loss']:10.4f}  {1 - entry['main/accuracy']:11.2%}  "
-                f"{1 - entry[self.evaluation + '/main/accuracy']:16.2%}  "
-                f"{clock(entry['elapsed_time']):>8}  {clock(self._left(trainer)):>8}\n"
-            )
-        if terminal and time.monotonic() - self._bar_at > 0.25:
+            cells = {
+                "epoch": f"{entry['epoch']:5d}",
+                "iteration": f"{entry['iteration']:9d}",
+                "rate": f"{entry['lr']:<6g}",
+                "train loss": f"{entry['main/loss']:10.4f}",
+                "train error": f"{1 - entry['main/accuracy']:11.2%}",
+                "test error": f"{1 - entry[self.evaluation + '/main/accuracy']:16.2%}",
+                "time": f"{clock(entry['elapsed_time']):>8}",
+                "left": f"{left:>8}",
+            }
+            self._clear()
+            self._print_head()
+            self._write("  ".join(cells[name] for name in self._head)[: self._width()] + "\n")
+        if self._terminal and time.monotonic() - self._bar_at > 0.25:
             self._bar_at = time.monotonic()
-            iteration = trainer.updater.iteration
-            marks = "#" * (self.BAR * iteration // self.iterations)
-            self._write(
-                f"\r\033[K[{marks:.<{self.BAR}}] iteration {iteration} of {self.iterations}, "
-                f"{clock(self._left(trainer))} left"
-            )
+            iteration, width = trainer.updater.iteration, self._width()
+            text = f"iteration {iteration} of {self.iterations}, {left} left"
+            bar = min(self.BAR, width - len(text) - 3)
+            marks = "#" * (bar * iteration // self.iterations)
+            text = f"[{marks:.<{bar}}] {text}" if bar > 0 else text
+            self._clear()
+            self._write(text[:width])
 
     def finalize(self) -> None:
-        if self.out.isatty():
+        self._clear()
+
+    def _print_head(self) -> None:
+        """Print the columns' names, at first and where a new width lets others in or out."""
+        width, names = self._width(), list(self.WIDTHS)
+        for name in self.NEEDLESS:
+            if sum(2 + self.WIDTHS[each] for each in names) - 2 > width:
+                names.remove(name)
+        if names != self._head:
+            self._head = names
+            titles = {"rate": "rate  ", "test error": f"{self.evaluation} error"}
+            cells = (f"{titles.get(name, name):>{self.WIDTHS[name]}}" for name in names)
+            self._write("  ".join(cells)[:width] + "\n")
+
+    def _width(self) -> int:
+        """Letters that fit a line: in the last column, some terminals begin a new one."""
+        if not self._terminal:
+            return sys.maxsize
+        try:
+            columns = os.get_terminal_size(self.out.fileno()).columns
+        except (OSError, ValueError):
+            columns = 0
+        return (columns or 80) - 1
+
+    def _clear(self) -> None:
+        if self._terminal:
             self._write("\r\033[K")
 
     def _write(self, text: str) -> None:

@@ -22,8 +22,16 @@ LARGEST_DIFF = 200_000  # characters of a modified checkout's diff that are kept
 
 
 def command() -> str:
-    """The command line of this process, to be typed again."""
-    return shlex.join(["python", *sys.orig_argv[1:]])
+    """The command line of this process, to be typed again; with any interpreter as ``python``."""
+    words = sys.orig_argv[1:]
+    if words and Path(words[0]).name == "chainer-resnet":
+        return shlex.join(["chainer-resnet", *words[1:]])
+    return shlex.join(["python", *words])
+
+
+def command_here() -> str:
+    """The command line of this process as it was typed, with its interpreter."""
+    return shlex.join(sys.orig_argv)
 
 
 def cores() -> int:

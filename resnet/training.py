@@ -249,7 +249,7 @@ class Run:
         if iteration < self.schedule.iterations:
             print(f"stopped by {reason} after iteration {iteration}{wrote}")
             launcher = f"mpirun -np {processes.size} " if processes.size > 1 else ""
-            print(f"to go on: {launcher}{record.command()}", flush=True)
+            print(f"to go on: {launcher}{record.command_here()}", flush=True)
             processes.wait()  # a launcher may end all when one has ended
             sys.exit(UNFINISHED)
         if processes.rank == 0:
@@ -424,7 +424,7 @@ def read_starts(folder: Path, identity: dict) -> list[dict]:
         raise InputError(
             f"{path}: not the record of a run; remove it or choose another --out"
         ) from None
-    extensions.refuse_other_run(str(path), found, identity)
+    extensions.refuse_other_run(str(folder), found, identity)
     return starts
 
 

@@ -165,7 +165,7 @@ def test_an_evaluation_that_was_shared_counts_every_image_once(two):
 
 def test_a_signal_to_the_launcher_stops_all_and_one_process_can_go_on(two, tmp_path):
     out = stop_after_an_epoch(mpirun(*SHARED, "-e", "100", "-o", tmp_path))
-    assert "stopped by SIGUSR1" in out and "to go on: mpirun -np 2 python" in out
+    assert "stopped by SIGUSR1" in out and f"to go on: mpirun -np 2 {sys.executable}" in out
     folder = tmp_path / "resnet-8-seed0"
     begun = len(read_log(folder))
     out = stop_after_an_epoch(start(*FLAGS, "-e", "100", "-o", tmp_path))

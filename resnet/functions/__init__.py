@@ -82,7 +82,9 @@ def first_start() -> str:
     if _backend is not onednn:
         return ""
     compiled = Path(onednn.kernels.convolve.stats.cache_path).glob("kernels.*.nbc")
-    return "" if any(compiled) else "First start: the kernels are compiled now, about a minute, once."
+    return (
+        "" if any(compiled) else "First start: the kernels are compiled now, about a minute, once."
+    )
 
 
 def _after_fork() -> None:
