@@ -17,7 +17,7 @@ from resnet import cifar10, functions
 from resnet.functions import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
-BACKENDS = [("chainer", "@numpy"), ("onednn", "@numpy"), ("cuda", "@numpy")]
+BACKENDS = [(name, "@numpy") for name in ("chainer", "onednn", "winograd", "cuda")]
 ON_GPU = [pytest.param((name, "@cupy:0"), marks=pytest.mark.gpu) for name in ("chainer", "cuda")]
 # name for functions.use, device; for CUDA without a GPU see emulation.py
 

@@ -12,7 +12,7 @@ from chainer import links as L
 from torch.nn import functional as F
 
 from resnet import functions, network
-from resnet.functions import onednn
+from resnet.functions import onednn, winograd
 from resnet.torch_module import EPS, option_a
 
 TOLERANCE = 1e-5
@@ -93,6 +93,8 @@ CHAINS = [  # input; of each layer: channels, stride, around how many layers its
     ((2, 32, 16, 16), [(64, 2, 0), (64, 1, 2), (64, 1, 0), (64, 1, 2)]),
     ((5, 64, 8, 8), [(64, 1, 0), (64, 1, 0), (64, 1, 0)]),
     ((1, 64, 8, 8), [(64, 1, 0), (64, 1, 2)]),
+    ((3, 64, 4, 4), [(64, 1, 0), (64, 1, 2)]),
+    ((3, 32, 12, 12), [(32, 1, 0), (32, 1, 2)]),
     ((3, 5, 7, 9), [(6, 1, 0), (6, 2, 2)]),
     ((3, 8, 9, 9), [(8, 1, 1), (8, 1, 2), (8, 1, 0), (8, 1, 4)]),
 ]
@@ -300,11 +302,14 @@ def test_weight_decay_reaches_every_parameter(backend):
 
 def test_auto_takes_the_fastest_backend_that_can_run(monkeypatch):
     monkeypatch.setattr(functions, "_backend", functions._backend)
-    monkeypatch.setattr(onednn, "available", lambda: (True, "oneDNN 3"))
-    monkeypatch.setattr(onednn, "start", lambda: None)
-    assert functions.use("auto") == "onednn (oneDNN 3)"
+    monkeypatch.setattr(onednn, "available", lambda **_: (True, "oneDNN 3"))
+    monkeypatch.setattr(winograd, "vectors", lambda: "AVX2")
+    assert functions.use("auto") == "winograd (F(4x4, 3x3) with AVX2, oneDNN 3)"
+    assert functions.use("onednn") == "onednn (oneDNN 3)"
     assert functions.use("chainer").startswith("chainer")
-    monkeypatch.setattr(onednn, "available", lambda: (False, "Numba is missing"))
+    monkeypatch.setattr(winograd, "vectors", lambda: "")
+    assert functions.use("auto") == "onednn (oneDNN 3; without Winograd's convolution: no AVX2)"
+    monkeypatch.setattr(onednn, "available", lambda **_: (False, "Numba is missing"))
     line = functions.use("auto")
     assert line.startswith("chainer") and "Numba is missing" in line
     with pytest.raises(ValueError, match="Numba is missing"):

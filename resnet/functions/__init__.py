@@ -21,7 +21,7 @@ from resnet.functions import capture, cuda, onednn, stock
 from resnet.functions.cudnn import PRECISIONS
 
 count_gpus = cuda.count_gpus
-BACKENDS = ("auto", "chainer", "onednn", "cuda")
+BACKENDS = ("auto", "chainer", "onednn", "winograd", "cuda")
 _backend = stock
 
 
@@ -55,16 +55,16 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
             raise ValueError("computes on a GPU; legal: with --device 0")
         _backend, cuda.precision = cuda, precision or "tf32"
         return _backend.describe()
-    if name == "onednn" and gpu:
-        raise ValueError("computes on the CPU; legal with a GPU: auto, chainer, cuda")
-    possible, reason = onednn.available()
-    here = f"{sys.platform} {platform.machine()}"
-    if not possible and here != "linux x86_64":
-        reason = f"its package is for Linux on x86-64, found {here}"
-    if name == "onednn" and not possible:
-        raise ValueError(reason)
+    if name in ("onednn", "winograd"):
+        if gpu:
+            raise ValueError("computes on the CPU; legal with a GPU: auto, chainer, cuda")
+        possible, reason = _fast_cpu(by_tiles=name == "winograd")
+        if not possible:
+            raise ValueError(reason)
+    possible, reason = _fast_cpu()
     _backend = onednn if possible and not gpu and name != "chainer" else stock
-    _backend.start()
+    if _backend is onednn:
+        onednn.start(by_tiles=name != "onednn")
     if name == "auto" and gpu:
         possible, reason = cuda.available()
         missing = "" if possible else f"; {reason}"
@@ -72,6 +72,15 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
     if name == "auto" and not possible:
         return f"{_backend.describe()}; faster on a CPU with oneDNN: {reason}"
     return _backend.describe()
+
+
+def _fast_cpu(by_tiles: bool = False) -> tuple[bool, str]:
+    """``onednn.available``; where its packages are not made for, that is the reason."""
+    possible, reason = onednn.available(by_tiles=by_tiles)
+    here = f"{sys.platform} {platform.machine()}"
+    if possible or here == "linux x86_64":
+        return possible, reason
+    return False, f"its package is for Linux on x86-64, found {here}"
 
 
 def first_start() -> str:

@@ -13,6 +13,8 @@ lets NaN through, as NumPy's maximum does.
 
 from __future__ import annotations
 
+import math
+
 import numba
 import numpy as np
 from llvmlite import ir
@@ -21,6 +23,7 @@ from numba.extending import intrinsic
 
 CHUNK = 64  # rows; float32 sums stay short, float64 sums few
 COLUMNS = 1024  # values of a row that a thread sums
+LINE = 16  # floats of a cache line
 _compile = numba.njit(parallel=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
 _inline = numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
 
@@ -50,6 +53,27 @@ def _execute(typing, function, primitive, stream, count, arguments):
         return builder.call(function, [primitive, stream, builder.trunc(count, integer), rest])
 
     return types.int32(*[types.int64] * 5), generate
+
+
+@intrinsic
+def _run(typing, function, a, b, c, memory, count):
+    """A function of ``winograd.compiled`` at the address ``function``."""
+
+    def generate(context, builder, signature, arguments):
+        address, *rest = arguments
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 5)
+        builder.call(builder.inttoptr(address, kind.as_pointer()), rest)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), generate
+
+
+def empty(shape):
+    """A float32 array that begins with a cache line."""
+    size = math.prod(shape)
+    memory = np.empty(size + LINE, np.float32)
+    begin = -memory.ctypes.data // 4 % LINE
+    return memory[begin : begin + size].reshape(shape)
 
 
 @_inline
@@ -99,10 +123,9 @@ def _scale_shift_add_relu(x, scale, shift, shortcut, y):
 
 
 @_inline
-def _moments(x, part):
-    """Mean and sum of squared deviations of the rows, float64 (2, C)."""
+def _moments(x, seen, part):
+    """Mean and sum of squared deviations of the rows, float64 (2, C), and of ``seen`` before."""
     rows, channels = x.shape
-    part[:] = 0
     for begin in range(0, rows, CHUNK):
         end = min(begin + CHUNK, rows)
         # Relative to the chunk's first row: the mean may be large beside the deviation.
@@ -122,7 +145,8 @@ def _moments(x, part):
                 total[c] += a
                 square[c] += a * a
         count = np.float64(end - begin)
-        weight, cross = count / end, begin * count / end  # Chan's formula
+        total_count = seen + end
+        weight, cross = count / total_count, (seen + begin) * count / total_count  # Chan's formula
         for c in range(channels):
             mean = np.float64(total[c]) / count
             step = first[c] + mean - part[0, c]
@@ -131,17 +155,31 @@ def _moments(x, part):
 
 
 @_inline
-def _mask_and_sum(x, g, y, mean, part):
-    """g = 0 where y is 0, in place; sums of g and of g * (x - mean), float64 (2, C)."""
+def _mask(g, y):
+    """g = 0 where y is 0, in place."""
+    rows, channels = y.shape
+    for i in range(rows):
+        for c in range(channels):
+            g[i, c] = np.float32(0) if y[i, c] <= 0 else g[i, c]
+
+
+@_inline
+def _mask_normalized(g, x, scale, shift):
+    """g = 0 where BN(x) is not above 0, in place."""
     rows, channels = x.shape
-    part[:] = 0
+    for i in range(rows):
+        for c in range(channels):
+            g[i, c] = np.float32(0) if x[i, c] * scale[c] + shift[c] <= 0 else g[i, c]
+
+
+@_inline
+def _add_sums(x, g, mean, part):
+    """Add the sums of g and of g * (x - mean) to part, float64 (2, C)."""
+    rows, channels = x.shape
     for begin in range(0, rows, CHUNK):
         end = min(begin + CHUNK, rows)
         total = np.zeros(channels, np.float32)  # of its own: nothing can alias it
         product = np.zeros(channels, np.float32)
-        for i in range(begin, end):
-            for c in range(channels):
-                g[i, c] = np.float32(0) if y[i, c] <= 0 else g[i, c]
         whole = begin + (end - begin) // 4 * 4
         for i in range(begin, whole, 4):
             for c in range(channels):
@@ -176,7 +214,7 @@ def convolve(forward, images, x, normalization, shortcut, out, w, h, work, scrat
     """
     calls, weights = forward.parts, forward.weights
     reorder(forward.reorder, w, weights)
-    parts = np.empty((len(calls), 2, h.shape[2]), np.float64)
+    parts = np.zeros((len(calls), 2, h.shape[2]), np.float64)
     for k in numba.prange(len(calls)):
         own = work[numba.get_thread_id()]
         some = slice(k * images, (k + 1) * images)
@@ -194,21 +232,22 @@ def convolve(forward, images, x, normalization, shortcut, out, w, h, work, scrat
             else:
                 _scale_shift_relu(xs, normalization[0], normalization[1], source)
         execute(calls[k], source, weights, hs, own)
-        _moments(hs, parts[k])
+        _moments(hs, 0, parts[k])
     _check(np.abs(calls[:, 0]).max())
     return parts
 
 
 @_compile
 def output_gradient(images, h, gy, y, mean, g):
-    """g = gy where y is above 0, else 0: the gradient before the ReLU; sums as _mask_and_sum's."""
+    """g = gy where y is above 0, else 0: the gradient before the ReLU; sums as _add_sums's."""
     count = (len(h) + images - 1) // images
-    parts = np.empty((count, 2, h.shape[2]), np.float64)
+    parts = np.zeros((count, 2, h.shape[2]), np.float64)
     for k in numba.prange(count):
         some = slice(k * images, (k + 1) * images)
         g[some] = gy[some]
         hs, gs = h[some].reshape(-1, h.shape[2]), g[some].reshape(-1, h.shape[2])
-        _mask_and_sum(hs, gs, y[some].reshape(-1, h.shape[2]), mean, parts[k])
+        _mask(gs, y[some].reshape(-1, h.shape[2]))
+        _add_sums(hs, gs, mean, parts[k])
     return parts
 
 
@@ -248,7 +287,7 @@ def convolve_backward(
     weights_parts, gws = weights.parts, weights.weights
     data_parts, ws = data.parts, data.weights
     reorder(data.reorder, w, ws)
-    parts = np.empty((len(data_parts), 2, x.shape[2]), np.float64)
+    parts = np.zeros((len(data_parts), 2, x.shape[2]), np.float64)
     for k in numba.prange(len(data_parts)):
         own = work[numba.get_thread_id()]
         some = slice(k * images, (k + 1) * images)
@@ -278,10 +317,158 @@ def convolve_backward(
             else:
                 execute(data_parts[k], gh, ws, gxs, own)
             if len(normalization):
-                _mask_and_sum(xs, gxs, source, normalization[2], parts[k])
+                _mask(gxs, source)
+                _add_sums(xs, gxs, normalization[2], parts[k])
     _check(np.abs(weights_parts[:, 0]).max() + np.abs(data_parts[:, 0]).max())
     _sum_rows(gws)
     reorder(weights.reorder, gws[0], gw)
+    return parts
+
+
+@_inline
+def _enter(x, normalization, shortcut, out, padded):
+    """padded = relu(BN(x) + shortcut) within its borders; also out, unless it is empty."""
+    images, rows, width = x.shape
+    side = padded.shape[1] - 2
+    channels = padded.shape[2] // (side + 2)
+    rows //= side  # of a row of pixels
+    for i in range(images):
+        for r in range(side):
+            some = slice(r * rows, (r + 1) * rows)
+            inner = padded[i, r + 1, channels:-channels].reshape(rows, width)
+            if len(normalization) == 0:
+                inner[:] = x[i, some]
+            elif len(shortcut):
+                scale, shift = normalization[0], normalization[1]
+                _scale_shift_add_relu(x[i, some], scale, shift, shortcut[i, some], out[i, some])
+                inner[:] = out[i, some]
+            else:
+                _scale_shift_relu(x[i, some], normalization[0], normalization[1], inner)
+                if len(out):
+                    out[i, some] = inner
+
+
+@_inline
+def _enter_gradient(g, h, coefficients, padded):
+    """padded = the gradient of h, within its borders."""
+    images, rows, width = g.shape
+    side = padded.shape[1] - 2
+    channels = padded.shape[2] // (side + 2)
+    rows //= side  # of a row of pixels
+    factor, slope, offset = coefficients[0], coefficients[1], coefficients[2]
+    for i in range(images):
+        for r in range(side):
+            inner = padded[i, r + 1, channels:-channels].reshape(rows, width)
+            for j in range(rows):
+                for c in range(width):
+                    place = r * rows + j
+                    inner[j, c] = factor[c] * g[i, place, c] + slope[c] * h[i, place, c] + offset[c]
+
+
+@_inline
+def _address(array):
+    return np.int64(array.ctypes.data)
+
+
+@_compile
+def convolve_by_tiles(
+    function, images, group, x, normalization, shortcut, out, u, h, padded, points
+):
+    """As ``convolve``, by the code at ``function``, a ``group`` of images after the other.
+
+    Args:
+        u: The filters at the points.
+        padded: Groups of images for each thread, (threads, 2, group, H + 2, (W + 2) C); their
+            borders are 0.
+        points: Working memory for each thread.
+    """
+    count = (len(x) + images - 1) // images
+    width = h.shape[2]
+    parts = np.zeros((count, 2, width), np.float64)
+    for k in numba.prange(count):
+        thread = numba.get_thread_id()
+        end = min((k + 1) * images, len(x))
+        seen = 0
+        for begin in range(k * images, end, group):
+            some = slice(begin, min(begin + group, end))
+            _enter(x[some], normalization, shortcut[some], out[some], padded[thread, 0])
+            hs = h[some]
+            _run(
+                function,
+                _address(padded[thread, 0]),
+                _address(u),
+                _address(hs),
+                _address(points[thread]),
+                len(hs),
+            )
+            rows = hs.reshape(-1, width)
+            _moments(rows, seen, parts[k])
+            seen += len(rows)
+    return parts
+
+
+@_compile
+def convolve_backward_by_tiles(
+    weights,
+    data,
+    images,
+    group,
+    g,
+    h,
+    coefficients,
+    x,
+    normalization,
+    out,
+    u,
+    sums,
+    gx,
+    padded,
+    points,
+):
+    """As ``convolve_backward``, by the code at the addresses ``weights`` and ``data``.
+
+    The gradient of the filters at the points becomes the first row of ``sums``.
+    """
+    count = (len(x) + images - 1) // images
+    width = x.shape[2]
+    parts = np.zeros((count, 2, width), np.float64)
+    source, before = x, normalization
+    if len(out):
+        source, before = out, normalization[:0]
+    for k in numba.prange(count):
+        thread = numba.get_thread_id()
+        end = min((k + 1) * images, len(x))
+        sums[k] = 0
+        for begin in range(k * images, end, group):
+            some = slice(begin, min(begin + group, end))
+            _enter(source[some], before, x[:0], x[:0], padded[thread, 0])
+            _enter_gradient(g[some], h[some], coefficients, padded[thread, 1])
+            _run(
+                weights,
+                _address(padded[thread, 0]),
+                _address(padded[thread, 1]),
+                _address(sums[k]),
+                _address(points[thread]),
+                len(g[some]),
+            )
+            if len(gx):
+                gxs = gx[some]
+                _run(
+                    data,
+                    _address(padded[thread, 1]),
+                    _address(u),
+                    _address(gxs),
+                    _address(points[thread]),
+                    len(gxs),
+                )
+                if len(normalization):
+                    rows, xs = gxs.reshape(-1, width), x[some].reshape(-1, width)
+                    if len(out):
+                        _mask(rows, out[some].reshape(-1, width))
+                    else:
+                        _mask_normalized(rows, xs, normalization[0], normalization[1])
+                    _add_sums(xs, rows, normalization[2], parts[k])
+    _sum_rows(sums)
     return parts
 
 

@@ -7,7 +7,6 @@ not float32 on the CPU, or asks for gradients of gradients, is handed to Chainer
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 import os
 from typing import NamedTuple
@@ -22,9 +21,9 @@ from resnet.functions.node import Node, accumulated
 from resnet.functions.primitives import Missing
 
 try:
-    from resnet.functions import kernels
+    from resnet.functions import kernels, winograd
 except ImportError:  # without Numba; available() says so
-    kernels = None
+    kernels = winograd = None
 
 WIDTH = 256  # values of a row: vectors are well used, a row stays in the innermost cache
 
@@ -33,11 +32,16 @@ linear = stock.linear
 softmax_cross_entropy = stock.softmax_cross_entropy
 
 
+_by_tiles = False  # whether Winograd's convolution takes the place of oneDNN's where it can
 _started = _forked = False  # OpenMP's threads; whether this process is a fork of one that had them
 
 
-def available() -> tuple[bool, str]:
-    """Whether this backend can run here, and one line that says what it is or what is missing."""
+def available(by_tiles: bool = False) -> tuple[bool, str]:
+    """Whether this backend can run here, and one line that says what it is or what is missing.
+
+    Args:
+        by_tiles: Whether it can with Winograd's convolution, too.
+    """
     if _forked:
         return False, "OpenMP does not survive a fork; start processes with 'spawn' instead"
     if kernels is None:
@@ -46,6 +50,8 @@ def available() -> tuple[bool, str]:
         version = primitives.version()
     except Missing as reason:
         return False, str(reason)
+    if by_tiles and not winograd.vectors():
+        return False, "needs a processor with AVX2 or AVX-512; legal here: auto, onednn, chainer"
     return True, f"oneDNN {version}, Numba {kernels.numba.__version__}, {threads()} threads"
 
 
@@ -57,13 +63,18 @@ def threads() -> int:
 
 
 def describe() -> str:
-    return f"onednn ({available()[1]})"
+    _, libraries = available()
+    if _by_tiles:
+        return f"winograd (F(4x4, 3x3) with {winograd.vectors()}, {libraries})"
+    without = "" if winograd.vectors() else "; without Winograd's convolution: no AVX2"
+    return f"onednn ({libraries}{without})"
 
 
-def start() -> None:
-    """Prepare this process: its threads and its memory."""
-    global _started
+def start(by_tiles: bool) -> None:
+    """Prepare this process: its convolutions, its threads and its memory."""
+    global _started, _by_tiles
     _started = True
+    _by_tiles = by_tiles and bool(winograd.vectors())
     kernels.numba.set_num_threads(min(threads(), kernels.numba.config.NUMBA_NUM_THREADS))
     _reuse_memory()
 
@@ -102,9 +113,9 @@ def _channels_last(x: np.ndarray) -> np.ndarray:
 
 
 def _row_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Of (N, C, H, W) as rows of pixels, joined up to ``WIDTH`` values of one image."""
+    """Of (N, C, H, W) as rows of pixels, joined up to ``WIDTH`` values of a row of an image."""
     n, channels, height, width = shape
-    joined = math.gcd(height * width, max(1, WIDTH // channels))
+    joined = math.gcd(width, max(1, WIDTH // channels))
     return n, height * width // joined, joined * channels
 
 
@@ -127,10 +138,11 @@ _NOTHING = np.empty((0, 0), np.float32)
 _NO_ROWS = np.empty((0, 0, 0), np.float32)
 
 
-@functools.cache
-def _work(floats: int) -> np.ndarray:
-    """Working memory of every thread."""
-    return np.empty((kernels.numba.config.NUMBA_NUM_THREADS, floats), np.float32)
+def _convolution(shape: tuple[int, ...], channels: int, stride: int):
+    """What computes a layer of ``channels`` filters on (N, C, H, W)."""
+    if _by_tiles and winograd.fits(shape, channels, stride):
+        return winograd.convolution(shape, threads())
+    return primitives.convolution(shape, channels, stride, threads())
 
 
 class _Done(NamedTuple):
@@ -182,22 +194,12 @@ class _Layers(Node):
         h, normalization = self.kept[0], _NOTHING
         for i, (_, bn, stride, _) in enumerate(self.layers):
             w, gamma, beta = parameters[3 * i : 3 * i + 3]
-            convolution = primitives.convolution(self.shapes[i], len(w), stride, threads())
+            convolution = _convolution(self.shapes[i], len(w), stride)
             y = _empty_rows(convolution.out_shape)
             if i > 0 and (i in starts or i in starts.values()):
                 self.kept[i] = np.empty_like(h)
-            parts = kernels.convolve(
-                convolution.forward,
-                convolution.images,
-                h,
-                normalization,
-                self._shortcut(starts.get(i), i),
-                self.kept.get(i, _NO_ROWS),
-                np.ascontiguousarray(w),
-                y,
-                _work(convolution.work),
-                convolution.scratch,
-            )
+            shortcut, out = self._shortcut(starts.get(i), i), self.kept.get(i, _NO_ROWS)
+            parts = convolution.convolve(h, normalization, shortcut, out, w, y)
             h, normalization = y, self._normalization(bn, parts, convolution, gamma, beta)
             self.shapes.append(convolution.out_shape)
             if chainer.config.enable_backprop:
@@ -253,7 +255,7 @@ class _Layers(Node):
                 gx = added.pop(i) if adds else np.empty(_row_shape(self.shapes[i]), np.float32)
             gw = results[1 + 3 * i] = np.empty(weights[i].shape, np.float32)
             results[2 + 3 * i], results[3 + 3 * i], parts = self._layer_gradients(
-                i, np.ascontiguousarray(weights[i]), g, parts, gw, gx, adds
+                i, weights[i], g, parts, gw, gx, adds
             )
             g = gx
         if 0 in indexes:
@@ -275,23 +277,7 @@ class _Layers(Node):
         if i > 0:
             _, x, before = self.done[i - 1]
             out = self.kept.get(i, _NO_ROWS)
-        parts = kernels.convolve_backward(
-            convolution.weights,
-            convolution.data,
-            convolution.images,
-            g,
-            h,
-            coefficients,
-            x,
-            before,
-            out,
-            w,
-            gw,
-            gx,
-            adds,
-            _work(convolution.work),
-            convolution.scratch,
-        )
+        parts = convolution.gradients(g, h, coefficients, x, before, out, w, gw, gx, adds)
         return ggamma, gbeta, parts
 
 

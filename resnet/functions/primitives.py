@@ -21,6 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+try:
+    from resnet.functions import kernels
+except ImportError:  # without Numba
+    kernels = None
+
 F32, CPU, IN_ORDER = 3, 1, 1  # dnnl_f32, dnnl_cpu, dnnl_stream_in_order
 TAG_ANY = 1  # dnnl_format_tag_any: oneDNN chooses
 FORWARD_TRAINING, DIRECT = 64, 1  # dnnl_forward_training, dnnl_convolution_direct
@@ -275,6 +280,41 @@ class Convolution:
         values = 2 * c * math.prod(size) + channels * math.prod(out)
         self.work = self.scratch + self.images * values
 
+    def convolve(self, x, normalization, shortcut, out, w, h) -> np.ndarray:
+        """As ``kernels.convolve``."""
+        return kernels.convolve(
+            self.forward,
+            self.images,
+            x,
+            normalization,
+            shortcut,
+            out,
+            np.ascontiguousarray(w),
+            h,
+            _work(self.work),
+            self.scratch,
+        )
+
+    def gradients(self, g, h, coefficients, x, normalization, out, w, gw, gx, adds) -> np.ndarray:
+        """As ``kernels.convolve_backward``."""
+        return kernels.convolve_backward(
+            self.weights,
+            self.data,
+            self.images,
+            g,
+            h,
+            coefficients,
+            x,
+            normalization,
+            out,
+            np.ascontiguousarray(w),
+            gw,
+            gx,
+            adds,
+            _work(self.work),
+            self.scratch,
+        )
+
     def _calls(self, parts, layouts, shape: tuple[int, ...]) -> Calls:
         """Of a (descriptor, arguments) for each part, a reorder, and the shape of the weights."""
         calls = []
@@ -286,6 +326,12 @@ class Convolution:
         self._primitives.append(_reorder(*layouts))
         reorder = self._primitives[-1].call()
         return Calls(np.array(calls), np.array(reorder), np.empty(shape, np.float32))
+
+
+@functools.cache
+def _work(floats: int) -> np.ndarray:
+    """Working memory of every thread."""
+    return np.empty((kernels.numba.config.NUMBA_NUM_THREADS, floats), np.float32)
 
 
 convolution = functools.cache(Convolution)

@@ -8,10 +8,6 @@ from chainer import optimizers
 from chainer.optimizer_hooks import WeightDecay
 
 
-def start() -> None:
-    """Nothing to prepare."""
-
-
 def describe() -> str:
     return "chainer (Chainer's own functions)"
 

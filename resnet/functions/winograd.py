@@ -1,0 +1,488 @@
+"""Winograd's convolution F(4x4, 3x3): code of vectors, built from the points of its transforms.
+
+A tile of 4 x 4 outputs of a 3x3 convolution is (Lavin and Gray, 2015)
+
+    Y = A^T [(G g G^T) * (B^T d B)] A
+
+of a tile d of 6 x 6 inputs and the filter g: 36 products instead of 144. Summed over channels, each
+of the 36 is a product of matrices, tiles by channels and channels by channels. The gradient of the
+input is such a convolution, too; that of the filter is G^T [(B^T d B) * (A dY A^T)] G, summed over
+the tiles.
+
+The code is made for one shape and for this processor's vectors by llvmlite, which Numba brings: so
+there is no compiler to be installed, and sizes and strides are constants in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, codegen, config
+
+from resnet.functions import kernels, primitives
+
+TILE = 4  # outputs of a tile, in each direction
+# +-1 and +-2 instead would round twice as much and save nothing. The last point is infinity.
+POINTS = (0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
+SIDE = len(POINTS) + 1  # inputs of a tile, in each direction
+TILES, GRADIENT_TILES = 8, 16  # that go through all steps together, in the cache
+GROUP = 1 << 16  # bytes of images whose passes before and after are taken together
+GAP = 16  # floats between the points' matrices: else their addresses share a set of the cache
+LINE = 16  # floats of a cache line
+
+FLOAT, WORD, INTEGER = ir.FloatType(), ir.IntType(64), ir.IntType(32)
+POINTER, BYTES = FLOAT.as_pointer(), ir.IntType(8).as_pointer()
+FUSED = ("contract",)  # a product and a sum may become one instruction
+
+
+def matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A (6, 4), G (6, 3) and B^T (6, 6), float64; a row for each point, the last for infinity."""
+    others = [[p for p in POINTS if p != point] for point in POINTS]
+    scales = [
+        math.prod(point - p for p in rest) for point, rest in zip(POINTS, others, strict=True)
+    ]
+    a = np.array([[point**k for k in range(TILE)] for point in POINTS] + [[0] * TILE], np.float64)
+    g = a[:, :3] / np.array([*scales, 1])[:, None]
+    a[-1, -1] = g[-1, -1] = 1
+    b = [[*np.poly(rest)[::-1], 0] for rest in others] + [np.poly(POINTS)[::-1]]
+    return a, g, np.round(b, 12)  # what should be 0 and 1 is
+
+
+A, G, BT = matrices()
+
+
+class Vector:
+    """A vector of floats in the code that is being built."""
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.builder, self.value = builder, value
+
+    def __add__(self, other: Vector) -> Vector:
+        return Vector(self.builder, self.builder.fadd(self.value, other.value, flags=FUSED))
+
+    def __sub__(self, other: Vector) -> Vector:
+        return Vector(self.builder, self.builder.fsub(self.value, other.value, flags=FUSED))
+
+    def __mul__(self, other: Vector) -> Vector:
+        return Vector(self.builder, self.builder.fmul(self.value, other.value, flags=FUSED))
+
+    def __rmul__(self, factor: float) -> Vector:
+        if factor == 1:
+            return self
+        factors = [float(np.float32(factor))] * self.value.type.count
+        return self * Vector(self.builder, ir.Constant(self.value.type, factors))
+
+
+def dot(row: Sequence[float], vectors: Sequence[Vector]) -> Vector:
+    """sum of row[i] * vectors[i]; zeros cost nothing, and one factor becomes 1."""
+    terms = [(factor, v) for factor, v in zip(row, vectors, strict=True) if factor]
+    scale = 1 if any(factor == 1 for factor, _ in terms) else terms[-1][0]
+    terms = sorted(((f / scale, v) for f, v in terms), key=lambda term: term[0] != 1)
+    total = terms[0][1]
+    for factor, vector in terms[1:]:
+        total = total + factor * vector if factor > 0 else total - -factor * vector
+    return scale * total
+
+
+def to_points(matrix: np.ndarray, x: Sequence[Vector]) -> list[Vector]:
+    """matrix @ x; the rows of a point and of its negative share their even and odd terms."""
+    values = [dot(matrix[0], x)]
+    for row in matrix[1:-1:2]:
+        even, odd = dot(row[::2], x[::2]), dot(row[1::2], x[1::2])
+        values += [even + odd, even - odd]
+    return [*values, dot(matrix[-1], x)]
+
+
+def from_points(matrix: np.ndarray, m: Sequence[Vector]) -> list[Vector]:
+    """matrix^T @ m, likewise."""
+    pairs = list(zip(m[1:-1:2], m[2:-1:2], strict=True))
+    terms = [p + q for p, q in pairs], [p - q for p, q in pairs]  # of even and of odd powers
+    powers = matrix[[0, *range(1, len(m) - 1, 2), -1]].T
+    return [dot(row, [m[0], *terms[k % 2], m[-1]]) for k, row in enumerate(powers)]
+
+
+def both_ways(transform: Callable, matrix: np.ndarray, tile) -> list[list[Vector]]:
+    """``transform`` of the columns of a square of vectors, then of the rows."""
+    columns = [transform(matrix, column) for column in zip(*tile, strict=True)]
+    return [transform(matrix, row) for row in zip(*columns, strict=True)]
+
+
+class Code:
+    """A function of four pointers to floats and a number, in the making; offsets are in floats."""
+
+    def __init__(self, module: ir.Module, name: str, lanes: int) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [WORD])
+        self.function = ir.Function(module, kind, name)
+        self.builder = ir.IRBuilder(self.function.append_basic_block())
+        self.lanes, self.vector = lanes, ir.VectorType(FLOAT, lanes)
+        self.zero = ir.Constant(self.vector, None)
+
+    def loop(self, count):
+        """``with code.loop(count) as i``: i.index is 0, 1, .. in what is built within."""
+        return cgutils.for_range(self.builder, self._word(count), intp=WORD)
+
+    def sum(self, first, *terms):
+        """Of numbers, or of (number, factor) pairs."""
+        total = self._word(first)
+        for term in terms:
+            number, factor = term if isinstance(term, tuple) else (term, 1)
+            product = self.builder.mul(self._word(number), WORD(factor))
+            total = self.builder.add(total, product)
+        return total
+
+    def minimum(self, a, b: int):
+        return self.builder.select(self.builder.icmp_unsigned("<", a, WORD(b)), a, WORD(b))
+
+    def at(self, pointer, offset):
+        return self.builder.gep(pointer, [self._word(offset)])
+
+    def load(self, pointer, offset=0) -> Vector:
+        return Vector(self.builder, self.builder.load(self._place(pointer, offset), align=4))
+
+    def store(self, vector: Vector, pointer, offset=0) -> None:
+        self.builder.store(vector.value, self._place(pointer, offset), align=4)
+
+    def broadcast(self, pointer, offset) -> Vector:
+        """A vector of one float, repeated."""
+        none = ir.Constant(self.vector, ir.Undefined)
+        one = self.builder.load(self.at(pointer, offset))
+        one = self.builder.insert_element(none, one, INTEGER(0))
+        first = ir.Constant(ir.VectorType(INTEGER, self.lanes), [0] * self.lanes)
+        return Vector(self.builder, self.builder.shuffle_vector(one, none, first))
+
+    def prefetch(self, pointer, offset, write: bool) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [BYTES, INTEGER, INTEGER, INTEGER])
+        function = cgutils.get_or_insert_function(self.function.module, kind, "llvm.prefetch.p0")
+        place = self.builder.bitcast(self.at(pointer, offset), BYTES)
+        self.builder.call(function, [place, INTEGER(int(write)), INTEGER(3), INTEGER(1)])
+
+    def _place(self, pointer, offset):
+        return self.builder.bitcast(self.at(pointer, offset), self.vector.as_pointer())
+
+    def _word(self, number):
+        return WORD(number) if isinstance(number, int) else number
+
+
+class Steps:
+    """The steps of a convolution of images of ``side`` x ``side`` pixels, a block of tiles each.
+
+    A block is ``some`` rows of tiles from ``row`` on, counted through all images. Images that are
+    read have a border of zeros: ``side`` + 2 pixels to a row. ``points`` are 36 matrices of tiles
+    by channels.
+    """
+
+    def __init__(self, code: Code, channels: int, side: int, tiles: int) -> None:
+        self.code, self.channels, self.side = code, channels, side
+        self.across = side // TILE  # tiles of a row
+        self.rows = max(1, tiles // self.across)  # of a block
+        self.columns = min(2, channels // code.lanes)  # vectors of a product that stay in
+        self.height = 8 if code.lanes == 16 else 4  # registers, for each of so many of its rows
+        self.tiles = -(-self.rows * self.across // self.height) * self.height  # room for them
+        self.point = self.tiles * channels + GAP  # floats of a point's matrix
+
+    @contextlib.contextmanager
+    def _tiles(self, some):
+        """For each row, tile in the row, and vector of channels: its first channel."""
+        code = self.code
+        vectors = self.channels // code.lanes
+        with code.loop(some) as i, code.loop(self.across) as j, code.loop(vectors) as k:
+            yield i.index, j.index, code.sum(0, (k.index, code.lanes))
+
+    def read(self, x, row, some, points, matrix: np.ndarray) -> None:
+        """points = the transform by ``matrix`` of tiles of x, of its centre if it is smaller."""
+        code, size, width = self.code, len(matrix[0]), self.channels
+        padded = (self.side + 2) * width  # floats of a row that is read
+        border = (SIDE - size) // 2
+        with self._tiles(some) as (i, j, k):
+            number = code.sum(row, i)
+            image = code.builder.udiv(number, WORD(self.across))
+            line = code.builder.urem(number, WORD(self.across))
+            corner = (image, (self.side + 2) * padded), (line, TILE * padded), (j, TILE * width)
+            source = code.at(x, code.sum(border * (padded + width), *corner, k))
+            tile = [[code.load(source, p * padded + q * width) for q in range(size)]
+                    for p in range(size)]  # fmt: skip
+            target = code.at(points, code.sum(k, (i, self.across * width), (j, width)))
+            for point, value in enumerate(itertools.chain(*both_ways(to_points, matrix, tile))):
+                code.store(value, target, point * self.point)
+
+    def write(self, points, y, row, some, adds: bool) -> None:
+        """y = A^T points A; with ``adds``, added to what is there."""
+        code, width = self.code, self.channels
+        line = TILE * self.side * width  # floats of a row of tiles
+        with self._tiles(some) as (i, j, k):
+            source = code.at(points, code.sum(k, (i, self.across * width), (j, width)))
+            tile = [[code.load(source, (p * SIDE + q) * self.point) for q in range(SIDE)]
+                    for p in range(SIDE)]  # fmt: skip
+            target = code.at(y, code.sum(k, (row, line), (i, line), (j, TILE * width)))
+            for p, values in enumerate(both_ways(from_points, A, tile)):
+                for q, value in enumerate(values):
+                    place = (p * self.side + q) * width
+                    code.store(value + code.load(target, place) if adds else value, target, place)
+
+    def product(self, a, row: int, step: int, b, out, rows: int, count, adds: bool) -> None:
+        """out[r] = sum over k < count of a[r * row + k * step] b[k], for r < rows.
+
+        ``b`` and ``out`` are matrices of as many columns as there are channels. A few rows by a few
+        vectors of the sums stay in registers. ``rows`` is a multiple of ``height``, ``count`` even
+        if there is an even number of tiles to a row.
+        """
+        code, builder, width = self.code, self.code.builder, self.columns * self.code.lanes
+        unroll = 1 + (self.across % 2 == 0)
+        with code.loop(rows // self.height) as i, code.loop(self.channels // width) as j:
+            first = code.sum(0, (j.index, width))
+            a = code.at(a, code.sum(0, (i.index, self.height * row)))
+            b = code.at(b, first)
+            out = code.at(out, code.sum(first, (i.index, self.height * self.channels)))
+            places = [(r, v) for r in range(self.height) for v in range(0, width, code.lanes)]
+            sums = [cgutils.alloca_once(builder, code.vector) for _ in places]
+            for total, (r, v) in zip(sums, places, strict=True):
+                start = code.load(out, r * self.channels + v).value if adds else code.zero
+                builder.store(start, total)
+            with code.loop(builder.udiv(code.sum(count), WORD(unroll))) as block:
+                for more in range(unroll):
+                    k = code.sum(more, (block.index, unroll))
+                    factors = code.at(a, code.sum(0, (k, step)))
+                    vectors = code.at(b, code.sum(0, (k, self.channels)))
+                    for total, (r, v) in zip(sums, places, strict=True):
+                        product = code.broadcast(factors, r * row) * code.load(vectors, v)
+                        total_now = Vector(builder, builder.load(total)) + product
+                        builder.store(total_now.value, total)
+            for total, (r, v) in zip(sums, places, strict=True):
+                code.store(Vector(builder, builder.load(total)), out, r * self.channels + v)
+
+    @contextlib.contextmanager
+    def blocks(self, images):
+        """For each block of ``images`` images: its first row of tiles, and how many it has."""
+        code = self.code
+        rows = code.sum(0, (images, self.across))
+        count = code.builder.udiv(code.sum(rows, self.rows - 1), WORD(self.rows))
+        with code.loop(count) as block:
+            row = code.sum(0, (block.index, self.rows))
+            yield row, code.minimum(code.builder.sub(rows, row), self.rows)
+
+
+def convolve(code: Code, channels: int, side: int, adds: bool) -> None:
+    """y (+)= convolution of x: (x with borders, filters at the points, y, working memory, images).
+
+    Filters are 36 matrices of input's channels by output's channels.
+    """
+    x, u, y, points, images = code.function.args
+    steps = Steps(code, channels, side, TILES)
+    products = code.at(points, SIDE**2 * steps.point)
+    line = TILE * side * channels
+    with steps.blocks(images) as (row, some):
+        steps.read(x, row, some, points, BT)
+        with code.loop(SIDE**2) as point:
+            # Lines of y that will be written, a share at each point.
+            share = -(-steps.rows * line // LINE // SIDE**2)
+            with code.loop(share) as i:
+                place = (row, line), (point.index, share * LINE), (i.index, LINE)
+                code.prefetch(y, code.sum(0, *place), write=True)
+            matrix = code.sum(0, (point.index, steps.point))
+            a, out = code.at(points, matrix), code.at(products, matrix)
+            b = code.at(u, code.sum(0, (point.index, channels**2)))
+            steps.product(a, channels, 1, b, out, steps.tiles, channels, adds=False)
+        steps.write(products, y, row, some, adds)
+    code.builder.ret_void()
+
+
+def gradient(code: Code, channels: int, side: int) -> None:
+    """Add the gradient of the filters at the points: (x, gradient of y, sums, memory, images).
+
+    Both have borders. The sums are 36 matrices of input's channels by output's channels.
+    """
+    x, g, sums, points, images = code.function.args
+    steps = Steps(code, channels, side, GRADIENT_TILES)
+    others = code.at(points, SIDE**2 * steps.point)
+    with steps.blocks(images) as (row, some):
+        steps.read(x, row, some, points, BT)
+        steps.read(g, row, some, others, A)
+        with code.loop(SIDE**2) as point:
+            matrix = code.sum(0, (point.index, steps.point))
+            a, b = code.at(points, matrix), code.at(others, matrix)
+            out = code.at(sums, code.sum(0, (point.index, channels**2)))
+            tiles = code.sum(0, (some, steps.across))
+            steps.product(a, 1, channels, b, out, channels, tiles, adds=True)
+    code.builder.ret_void()
+
+
+def filters_to_points(code: Code, channels: int) -> None:
+    """u = G g G^T: (g as 9 matrices, u as 36)."""
+    g, u, _, _, _ = code.function.args
+    size = channels**2
+    with code.loop(size // code.lanes) as i:
+        source, target = (code.at(p, code.sum(0, (i.index, code.lanes))) for p in (g, u))
+        tile = [[code.load(source, (3 * p + q) * size) for q in range(3)] for p in range(3)]
+        for point, value in enumerate(itertools.chain(*both_ways(to_points, G, tile))):
+            code.store(value, target, point * size)
+    code.builder.ret_void()
+
+
+def filters_from_points(code: Code, channels: int) -> None:
+    """g = G^T u G: (u as 36 matrices, g as 9)."""
+    u, g, _, _, _ = code.function.args
+    size = channels**2
+    with code.loop(size // code.lanes) as i:
+        source, target = (code.at(p, code.sum(0, (i.index, code.lanes))) for p in (u, g))
+        tile = [[code.load(source, (SIDE * p + q) * size) for q in range(SIDE)]
+                for p in range(SIDE)]  # fmt: skip
+        for place, value in enumerate(itertools.chain(*both_ways(from_points, G, tile))):
+            code.store(value, target, place * size)
+    code.builder.ret_void()
+
+
+def processor() -> tuple[str, str]:
+    """Name and features of the processor that Numba compiles for."""
+    features = config.CPU_FEATURES
+    return (
+        config.CPU_NAME or llvm.get_host_cpu_name(),
+        codegen.get_host_cpu_features() if features is None else features,
+    )
+
+
+def lanes(features: str) -> int:
+    """Floats of a vector: 16 with AVX-512, 8 with AVX2 and fused multiply-add, else 0."""
+    have = set(features.split(","))
+    return 16 if "+avx512f" in have else 8 if {"+avx2", "+fma"} <= have else 0
+
+
+def vectors() -> str:
+    """What this processor's vectors are called; empty where they are too short."""
+    return {16: "AVX-512", 8: "AVX2", 0: ""}[lanes(processor()[1])]
+
+
+def build(channels: int, side: int, name: str, features: str):
+    """Optimised code of the five functions for a shape, and the machine it is for."""
+    width = lanes(features)
+    module = ir.Module()
+    convolve(Code(module, "convolve", width), channels, side, adds=False)
+    convolve(Code(module, "convolve_more", width), channels, side, adds=True)
+    gradient(Code(module, "gradient", width), channels, side)
+    filters_to_points(Code(module, "to_points", width), channels)
+    filters_from_points(Code(module, "from_points", width), channels)
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=name, features=features, opt=3, jit=True)
+    code = llvm.parse_assembly(str(module))
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(code, passes)
+    return code, machine
+
+
+class Functions(NamedTuple):
+    """Addresses of the code for a shape, and what must live as long."""
+
+    convolve: int
+    convolve_more: int
+    gradient: int
+    to_points: Callable
+    from_points: Callable
+    engine: llvm.ExecutionEngine
+
+
+@functools.cache
+def compiled(channels: int, side: int) -> Functions:
+    """The code for images of ``side`` x ``side`` pixels and as many channels in as out."""
+    engine = llvm.create_mcjit_compiler(*build(channels, side, *processor()))
+    engine.finalize_object()
+    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_long)
+    addresses = [engine.get_function_address(name) for name in Functions._fields[:5]]
+    return Functions(*addresses[:3], *map(kind, addresses[3:]), engine)
+
+
+def fits(shape: tuple[int, ...], channels: int, stride: int) -> bool:
+    """Whether ``Convolution`` can compute ``channels`` filters on (N, C, H, W)."""
+    _, c, height, width = shape
+    vector = lanes(processor()[1])
+    if not vector or stride != 1 or c != channels or height != width or width % TILE:
+        return False
+    return c % vector == 0 and (c == vector or c % (2 * vector) == 0)
+
+
+class Convolution:
+    """The convolutions of a layer of as many filters as channels, as ``primitives.Convolution``.
+
+    Args:
+        shape: (N, C, H, W) of input and output; see ``fits``.
+        threads: That many threads have something to do, if there are as many images.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], threads: int) -> None:
+        n, c, side, _ = self.out_shape = shape
+        image = 4 * c * side * side
+        self.images = max(1, min(primitives.PART // image, -(-n // threads)))
+        self.group = min(max(1, GROUP // image), self.images)
+        self.functions = compiled(c, side)
+        self.sums = kernels.empty((-(-n // self.images), SIDE**2 * c * c))
+        self.u = kernels.empty((SIDE**2, c, c))
+        self.padded, self.points = _memory(c, side, self.group)
+
+    def _to_points(self, w: np.ndarray) -> np.ndarray:
+        """Of filters (3, 3, C, C): their products' matrices (36, C, C)."""
+        w = np.ascontiguousarray(w)
+        self.functions.to_points(w.ctypes.data, self.u.ctypes.data, None, None, 0)
+        return self.u
+
+    def convolve(self, x, normalization, shortcut, out, w, h) -> np.ndarray:
+        """As ``kernels.convolve``."""
+        return kernels.convolve_by_tiles(
+            self.functions.convolve,
+            self.images,
+            self.group,
+            x,
+            normalization,
+            shortcut,
+            out,
+            self._to_points(w.transpose(2, 3, 1, 0)),
+            h,
+            self.padded,
+            self.points,
+        )
+
+    def gradients(self, g, h, coefficients, x, normalization, out, w, gw, gx, adds) -> np.ndarray:
+        """As ``kernels.convolve_backward``."""
+        functions = self.functions
+        parts = kernels.convolve_backward_by_tiles(
+            functions.gradient,
+            functions.convolve_more if adds else functions.convolve,
+            self.images,
+            self.group,
+            g,
+            h,
+            coefficients,
+            x,
+            normalization,
+            out,
+            self._to_points(w.transpose(2, 3, 0, 1)[::-1, ::-1]),
+            self.sums,
+            gx,
+            self.padded,
+            self.points,
+        )
+        filters = np.empty((3, 3, *gw.shape[:2]), np.float32)
+        functions.from_points(self.sums.ctypes.data, filters.ctypes.data, None, None, 0)
+        gw[...] = filters.transpose(3, 2, 0, 1)
+        return parts
+
+
+convolution = functools.cache(Convolution)
+
+
+@functools.cache
+def _memory(channels: int, side: int, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of every thread: two groups of images whose borders stay zero, and the points' matrices."""
+    threads = kernels.numba.config.NUMBA_NUM_THREADS
+    padded = kernels.empty((threads, 2, group, side + 2, (side + 2) * channels))
+    padded[:] = 0
+    tiles = GRADIENT_TILES + side // TILE  # no block has more
+    return padded, kernels.empty((threads, 2 * SIDE**2 * (tiles * channels + GAP)))
