@@ -294,7 +294,7 @@ def _require(name: str, missing: str) -> ModuleType:
         raise InputError(missing) from None
 
 
-def test_images(path: Path, description: weights.Description, data: str | None):
+def images_of(path: Path, description: weights.Description, data: str | None):
     """Images of the kind that a network was trained on, uint8; none if they are not here."""
     own = "synthetic" if description.dataset == "synthetic" else evaluate.recorded_data(path)
     try:
@@ -342,7 +342,7 @@ def main() -> None:
           f"{networks.layers(description.n)} layers")  # fmt: skip
     rng = np.random.RandomState(0)
     images = {"random images": rng.randint(256, size=(COUNT, *weights.IMAGE)).astype(np.uint8)}
-    real = test_images(path, description, args.data)
+    real = images_of(path, description, args.data)
     if real is None:
         print("no test images here; legal: --data PATH. Compared on random images alone")
     else:

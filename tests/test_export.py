@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from resnet import export, extensions, functions, weights
 from resnet.command import InputError
-from resnet.network import ARCHITECTURES
+from resnet.network import ARCHITECTURES, resnet
 from resnet.updater import Images
 
 MEAN = np.random.RandomState(5).rand(3, 32, 32).astype(np.float32)
@@ -57,6 +57,22 @@ def test_an_onnx_model_gives_the_same_logits_for_any_number_of_images(saved, tmp
         (found,) = session.run(None, {"images": IMAGES[:count] / np.float32(255)})
         expected = logits(net, MEAN, IMAGES[:count])
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_network_with_one_block_goes_to_onnx_alone(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    net = resnet(1, present=("conv4",))
+    description = weights.Description("resnet", 1, "CIFAR-10", CLASSES, 0, 3, 99, net.groups)
+    weights.save(tmp_path / "blocks.h5", net, description, MEAN)
+    done = python("-m", "resnet.export", "blocks.h5", "--onnx", "net.onnx", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    session = runtime.InferenceSession(tmp_path / "net.onnx")
+    (found,) = session.run(None, {"images": IMAGES / np.float32(255)})
+    np.testing.assert_allclose(found, logits(net, MEAN), atol=1e-4)
+    done = python("-m", "resnet.export", "blocks.h5", "--torch", "net.pt", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --torch: blocks.h5 holds conv1, conv4, fc alone; legal: ")
+    assert not list(tmp_path.glob("*net.p*"))
 
 
 def test_a_state_dict_and_its_module_need_nothing_of_this_project(saved, tmp_path):
