@@ -30,7 +30,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from plots import conditions, logs
 from plots.runs import COMPLETE, DIVERGED, UNFINISHED, Group, Run
@@ -163,6 +163,7 @@ def _dress(left, right, groups: Sequence[Group], title: str, figure: Figure) -> 
         axes.yaxis.set_minor_formatter(NullFormatter())
     for axes in (left, right):
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlim(left=0)
         axes.grid(True)
     if title:
