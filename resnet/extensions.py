@@ -159,6 +159,9 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self._signal is None:
+            # Not print, which may be what was interrupted.
+            os.write(2, b"\nfinishing this iteration, then a snapshot; Ctrl-C again ends at once\n")
         self._signal = self._signal or signal.Signals(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -436,6 +436,13 @@ def test_a_diverged_run_is_logged_to_its_end(dataset, tmp_path, monkeypatch, cap
     assert "last epoch (3)" in capsys.readouterr().out
 
 
+def test_ctrl_c_says_that_the_iteration_is_being_finished(capfd):
+    with extensions.StopRequest() as request:
+        signal.raise_signal(signal.SIGINT)
+        assert request.reason == "SIGINT"
+    assert "finishing this iteration, then a snapshot" in capfd.readouterr().err
+
+
 class Terminal(io.StringIO):
     """A terminal of some width, which changes with every line when there are several."""
 
