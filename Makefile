@@ -20,7 +20,7 @@ INSTALLED = $(VENV)/installed-$(VERSION)
 DATA ?=
 CIFAR10 = $(if $(DATA),--data '$(DATA)')
 
-.PHONY: demo degradation evidence test gpu lint clean
+.PHONY: demo degradation evidence measured test gpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python experiments/resnet.py --n 3 --data synthetic --epoch 8 --out demo
@@ -38,6 +38,11 @@ OUT ?= runs
 FLAGS ?=
 evidence: $(INSTALLED)
 	$(BIN)/python experiments/evidence.py $(CIFAR10) --out '$(OUT)' $(FLAGS)
+
+# Keeps the complete runs of the folder RUNS in plots/measured, and draws what is there.
+RUNS ?=
+measured: $(INSTALLED)
+	$(BIN)/python plots/collect.py $(RUNS)
 
 test: $(INSTALLED)-test
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Run the commands of the README, so that it cannot rot.
+"""Run the commands of the README and of jobs/README.md, so that they cannot rot.
 
 Blocks fenced as ```sh run are run, in their order, each from the top of the checkout with the
 project's environment first on the PATH; blocks fenced as plain ```sh need a GPU, a download or a
@@ -15,15 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```sh run\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    if not blocks:
-        sys.exit("README.md: no block fenced as ```sh run")
     path = f"{ROOT / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"
-    for block in blocks:
-        print(f"---- README\n{block.rstrip()}", flush=True)
-        script = ["bash", "-euo", "pipefail", "-c", block]
-        subprocess.run(script, cwd=ROOT, env={**os.environ, "PATH": path}, check=True)
+    for page in ("README.md", "jobs/README.md"):
+        text = (ROOT / page).read_text()
+        blocks = re.findall(r"^```sh run\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        if not blocks:
+            sys.exit(f"{page}: no block fenced as ```sh run")
+        for block in blocks:
+            print(f"---- {page}\n{block.rstrip()}", flush=True)
+            script = ["bash", "-euo", "pipefail", "-c", block]
+            subprocess.run(script, cwd=ROOT, env={**os.environ, "PATH": path}, check=True)
 
 
 if __name__ == "__main__":

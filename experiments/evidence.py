@@ -201,7 +201,7 @@ def flags_of(args: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     p = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", "-o", type=Path, default=Path("runs"), metavar="FOLDER",
+    p.add_argument("--out", "-o", type=command.path, default=Path("runs"), metavar="FOLDER",
                    help="folder for the run folders (default: %(default)s)")  # fmt: skip
     p.add_argument("--list", action="store_true", help="print the list and train nothing")
     p.add_argument(

@@ -27,7 +27,7 @@ def main() -> None:
         help="which block is trained first: top-down conv2, bottom-up conv4")
     p.add_argument("--stage", type=int, choices=range(1, len(STAGES) + 1),
         help="train this stage only (default: all that are not complete)")
-    p.add_argument("--scale", type=flags.number(0), default=1.0, metavar="LAMBDA",
+    p.add_argument("--scale", type=flags.number(0, 1000), default=1.0, metavar="LAMBDA",
         help="a new block begins as the identity plus a perturbation of size LAMBDA (default: 1)")
     p.add_argument("--freeze", action="store_true", help="hold the earlier blocks still")
     p.add_argument("--new-ends", action="store_true",

@@ -23,7 +23,11 @@ UNFINISHED=75 # exit status of a training that was asked to stop; the same comma
 SCRIPT=$1
 JOB=${PBS_JOBID:-${SLURM_JOB_ID:-}}
 ROW=${ROW:-${PBS_ARRAYID:-${PBS_ARRAY_INDEX:-${SLURM_ARRAY_TASK_ID:-}}}} # of an array
+SUBMITTERS_PATH=${PBS_O_PATH:-$PATH}
 PATH=${PBS_O_PATH:+$PBS_O_PATH:}$PATH # the submitter's, which OpenPBS does not hand on
+[ -t 1 ] || export TERM=dumb          # mpirun gives its processes a terminal, but nobody sits there
+# It also binds each of two to one core, and divides no cores among their threads; of Open MPI 4, 5:
+export OMPI_MCA_hwloc_base_binding_policy=none PRTE_MCA_hwloc_default_binding_policy=none
 
 say() { echo "$(date '+%F %T') ${JOB:-no batch system}: $*"; }
 
@@ -32,7 +36,27 @@ fail() {
     exit 1
 }
 
-given=$(for name in $SETTINGS; do [ -z "${!name+set}" ] || printf '%s=%q\n' "$name" "${!name}"; done)
+exports() { # of the variables that are set, as bash reads them
+    for name in "$@"; do [ -z "${!name+set}" ] || printf 'export %s=%q\n' "$name" "${!name}"; done
+}
+
+# A property of this job as qstat tells it: asked Resource_List.walltime
+asked() {
+    # Torque and PBS Pro fold long lines; the rest of one begins with a tab, as Slurm's properties do.
+    awk -v name="$1 = " '
+        function show() { sub(/^[ \t]+/, "", line); if (index(line, name) == 1) print substr(line, length(name) + 1) }
+        /^\t/ && !/^\t[A-Za-z_.]+ = / { line = line substr($0, 2); next }
+        { show(); line = $0 }
+        END { show() }' <<<"$description"
+}
+description=$([ -z "$JOB" ] || qstat -f "$JOB" 2>/dev/null)
+
+# What the first qsub of a chain was given by -v and -V, for the continuations: the names are qstat's,
+# the values are here. The rest is the system's.
+SUBMITTED="${SUBMITTED:-} "$(asked Variable_List | grep -oE '(^|,)[A-Za-z_][A-Za-z0-9_]*=' |
+    tr -d ',=' | grep -vxE 'PBS_.*|SLURM_.*|PATH|PWD|OLDPWD|SHLVL|_|TMPDIR|HOSTNAME|TERM' | tr '\n' ' ')
+# shellcheck disable=SC2086 # lists of words
+given=$(exports $SETTINGS) submitted=$(exports SUBMITTED $SUBMITTED)
 SITE=${SITE:-jobs/site.sh}
 # shellcheck source=jobs/site.sh
 . "$SITE" || fail "SITE=$SITE: cannot be read"
@@ -42,18 +66,13 @@ OUT=${OUT:-runs} PROCESSES=${PROCESSES:-1} MARGIN=${MARGIN:-120} CONTINUE=${CONT
 if [ "$PROCESSES" -gt 1 ]; then
     LAUNCHER=${LAUNCHER:-mpirun -np $PROCESSES}
     COMMUNICATOR=${COMMUNICATOR:-naive}
+    # OpenPBS gives every process as many threads as the job has processors, unless 'ompthreads' says.
+    [ "${OMP_NUM_THREADS:-}" != "${NCPUS:-none}" ] ||
+        [[ $(asked Resource_List.select) == *ompthreads* ]] ||
+        OMP_NUM_THREADS=$(awk -v nodes="$(sort -u "${PBS_NODEFILE:-/dev/null}" | wc -l)" \
+            -v all="$NCPUS" -v processes="$PROCESSES" \
+            'BEGIN { n = int(all * (nodes ? nodes : 1) / processes); print (n > 1 ? n : 1) }')
 fi
-
-# A property of this job as qstat tells it: asked Resource_List.walltime
-asked() {
-    [ -n "$JOB" ] || return 0
-    # Torque and PBS Pro fold long lines; the rest of one begins with a tab.
-    qstat -f "$JOB" 2>/dev/null | awk -v name="$1 = " '
-        function show() { sub(/^[ \t]+/, "", line); if (index(line, name) == 1) print substr(line, length(name) + 1) }
-        /^\t/ && !/ = / { line = line substr($0, 2); next }
-        { show(); line = $0 }
-        END { show() }'
-}
 
 seconds() { # of [[days-]hours:]minutes:seconds, or of a plain number
     awk -F '[-:]' '{ for (i = 1; i <= NF; i++) s = s * (i == 2 && NF == 4 ? 24 : 60) + $i } END { print s + 0 }' <<<"$1"
@@ -71,26 +90,31 @@ LIMIT=$(seconds "${PBS_WALLTIME:-$(asked Resource_List.walltime)}")
 
 # Run a training to its end; or it stops before the walltime, and its continuation is queued.
 train() {
-    local child status left=() stopped='' signal
+    local child status left=() own=() stopped='' signal again
     if [ "$LIMIT" -gt 0 ]; then
         left=(--time-limit $((LIMIT - MARGIN - SECONDS)))
         [ "${left[1]}" -gt 0 ] || fail "MARGIN=$MARGIN: nothing is left of the walltime, $LIMIT s"
     fi
     say "$PYTHON $* (walltime: ${LIMIT} s)"
+    # A session of its own: Torque ends all of the script's 50 ms after SIGTERM, and mpirun stops
+    # its processes without waiting when SIGTERM reaches it. Whatever ends this script, the kernel
+    # then asks the training to stop. Launchers hand SIGUSR1 on, not all SIGTERM.
+    ! setpriv --pdeathsig USR1 true 2>/dev/null || own=(setsid setpriv --pdeathsig USR1)
     # shellcheck disable=SC2086 # LAUNCHER and FLAGS are lists of words
-    ${LAUNCHER:-} "$PYTHON" "$@" --out "$OUT" "${left[@]}" ${DATA:+--data "$DATA"} \
+    "${own[@]}" ${LAUNCHER:-} "$PYTHON" "$@" --out "$OUT" "${left[@]}" ${DATA:+--data "$DATA"} \
         ${COMMUNICATOR:+--communicator "$COMMUNICATOR"} ${FLAGS:-} &
     child=$!
-    # qdel, or a walltime that we did not know of. Launchers hand SIGUSR1 on, not all SIGTERM.
-    trap 'signal=1 stopped=1; kill -USR1 $child' TERM
+    # qdel, or a walltime that we did not know of; without a batch system a closed terminal, Ctrl-C.
+    trap 'signal=1 stopped=1; kill -USR1 $child' TERM HUP INT
     while signal='' && { wait "$child"; status=$?; [ -n "$signal" ]; }; do :; done # wait again
-    trap - TERM
+    trap - TERM HUP INT
     [ "$status" -ne 0 ] || return 0
-    [ "$status" -eq $UNFINISHED ] || fail "exit status $status of $*"
-    if [ -n "$stopped" ]; then
-        say "stopped by the batch system; to go on: qsub $SCRIPT"
+    if [ -n "$stopped" ]; then # whatever the launcher makes of it
+        again=${JOB:+qsub}
+        say "stopped by a signal; to go on: ${again:-bash} $SCRIPT"
         exit $UNFINISHED
     fi
+    [ "$status" -eq $UNFINISHED ] || fail "exit status $status of $*"
     resubmit
 }
 
@@ -106,26 +130,24 @@ rows=0
 # Queue this job once more, with the same settings: a file, since variables with commas and spaces
 # do not survive 'qsub -v' everywhere.
 resubmit() {
-    local file name options next
+    local file options next
     [ -n "$JOB" ] && command -v qsub >/dev/null || exit $UNFINISHED
     [ "$CONTINUE" -gt 0 ] || {
         say "CONTINUE=0: no continuation; to go on: qsub $SCRIPT"
         exit $UNFINISHED
     }
-    CONTINUE=$((CONTINUE - 1))
     mkdir -p "$OUT/jobs"
     file=$OUT/jobs/$(basename "$SCRIPT" .pbs)${ROW:+-$ROW}.pbs
     options=${QSUB:-$(same_resources)}
     {
         # The options name all resources; PBS Pro refuses 'select' there and 'nodes' in the file.
         grep '^#' "$SCRIPT" | grep -v "^${QSUB:+no }#PBS -l"
-        for name in $SETTINGS; do
-            [ -z "${!name+set}" ] || printf 'export %s=%q\n' "$name" "${!name}"
-        done
+        # As this job was given it, so that the site's file is read anew.
+        printf '%s\n' "$submitted" "$given" "export CONTINUE=$((CONTINUE - 1))"
         grep -v '^#' "$SCRIPT"
     } >"$file"
     # shellcheck disable=SC2086 # a list of words
-    if next=$(qsub $options "$file"); then
+    if next=$(PATH=$SUBMITTERS_PATH qsub $options "$file" 2>&1); then
         say "walltime: stopped; goes on as job $next"
         exit 0
     fi
@@ -134,12 +156,22 @@ resubmit() {
 }
 
 same_resources() {
-    local queue account resources
-    queue=$(asked queue) account=$(asked Account_Name)
-    resources=select=$(asked Resource_List.select)                                   # PBS Pro
-    [ "$resources" != select= ] || resources=nodes=$(asked Resource_List.nodes)      # Torque
-    [ -z "${SLURM_JOB_ID:-}" ] || resources=nodes=$SLURM_JOB_NUM_NODES:ppn=$SLURM_CPUS_ON_NODE
+    local queue name account priority project group place resources kind value
+    # The queue that it was given to: a routing queue's own may take none from elsewhere.
+    queue=${PBS_O_QUEUE:-$(asked queue)} name=$(asked Job_Name) account=$(asked Account_Name)
+    resources=walltime=$(asked Resource_List.walltime)
+    if [ -n "${SLURM_JOB_ID:-}" ]; then
+        resources+=,nodes=$SLURM_JOB_NUM_NODES:ppn=$SLURM_CPUS_ON_NODE
+    else
+        priority=$(asked Priority) group=$(asked group_list)
+        project=$(asked project | grep -vx _pbs_project_default)
+        value=$(asked Resource_List.select) place=$(asked Resource_List.place)
+        resources+=${value:+,select=$value}${place:+,place=$place} # PBS Pro
+        for kind in nodes mem pmem vmem pvmem; do                  # Torque
+            [ -z "$value" ] && resources+=$(asked "Resource_List.$kind" | sed "s/^/,$kind=/")
+        done
+    fi
     # One -l: of several, Slurm's qsub takes the last.
-    echo "${queue:+-q $queue} ${account:+-A $account}" \
-        "-l walltime=$(asked Resource_List.walltime),$resources"
+    echo "${queue:+-q $queue} ${name:+-N $name} ${account:+-A $account} ${priority:+-p $priority}" \
+        "${project:+-P $project} ${group:+-W group_list=$group} -l $resources"
 }

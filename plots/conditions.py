@@ -30,6 +30,10 @@ def describe(key: str, value: object) -> str:
             return f"{value} images"
         case "augmentation":  # only where it is not the report's
             return "no augmentation" if value == "none" else f"{value}s as the only augmentation"
+        case "freeze":
+            return "earlier blocks held still"
+        case "new ends":
+            return "fresh conv1 and fc"
         case "warm-up":
             return "warm-up" if value else ""
         case "schedule" if value.get("name") == "custom":

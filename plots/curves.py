@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Sequence
@@ -92,6 +93,7 @@ def draw(
     """
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained")
+        labels, title = map(_as_it_is, labels), _as_it_is(title)
         handles = []
         if looks is None or len(set(looks)) < len(groups):
             looks = range(len(groups))
@@ -133,6 +135,11 @@ def draw(
     return figure
 
 
+def _as_it_is(text: str) -> str:
+    """``text`` for Matplotlib, which takes what is between dollars for mathematics."""
+    return command.one_line(text).replace("$", r"\$")
+
+
 def _plot_to_the_end(axes, series: dict[float, float], look: dict) -> list[Line2D]:
     """Draw one run, with a mark where its numbers end."""
     values = list(series.values())
@@ -150,13 +157,16 @@ def _mark(run: Run, panels: Sequence, colour: str) -> None:
 
 def _dress(left, right, groups: Sequence[Group], title: str, figure: Figure) -> None:
     evaluations = {run.evaluation for group in groups for run in group.runs}
-    left.set_ylabel("training loss (log scale)")
     what = evaluations.pop() if len(evaluations) == 1 else "evaluation"
     smallest = min(min(run.error.values()) for group in groups for run in group.runs)
     # Both 90 % and the last tenths can be read on a log scale; it has no place for 0 %.
     logarithmic = smallest > 0
     right.set_ylabel(f"{what} error, %" + (" (log scale)" if logarithmic else ""))
-    for axes in (left, right) if logarithmic else (left,):
+    losses = [loss for group in groups for run in group.runs for loss in run.loss.values()]
+    # A run may diverge in its first epoch.
+    positive = any(0 < loss < np.inf for loss in losses)
+    left.set_ylabel("training loss" + (" (log scale)" if positive else ""))
+    for axes in [left] * positive + [right] * logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -188,7 +198,7 @@ def _legend(figure: Figure, handles: list) -> None:
     )
 
 
-def write(figure: Figure, file: Path | IO[bytes], kind: str) -> None:
+def write(figure: Figure, file: IO[bytes], kind: str) -> None:
     """Write the picture as ``kind``: png, pdf or svg."""
     # Without a date, the same logs give the same file.
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
@@ -200,8 +210,10 @@ def save(figure: Figure, path: Path | str) -> None:
     """Write the picture in the format that the name says; there is a whole file or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()  # on a full disk Matplotlib's PDF hides the reason
+    write(figure, content, path.suffix.lower().removeprefix("."))
     with files.whole(path) as temporary:
-        write(figure, temporary, path.suffix.lower().removeprefix("."))
+        temporary.write_bytes(content.getvalue())
 
 
 def picture(text: str) -> Path:

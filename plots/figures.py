@@ -84,7 +84,7 @@ def main() -> None:
     p.add_argument(
         "--out",
         "-o",
-        type=Path,
+        type=command.path,
         default=Path(),
         metavar="FOLDER",
         help="where the pictures go (default: the current folder)",

@@ -10,17 +10,53 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from plots.runs import NAMES, Group, Run
+from resnet import command, files
 from resnet.command import InputError, Parser
 
 EVALUATIONS = ("test", "validation")  # prefixes of the log's keys, in order of preference
+
+
+def _between(least: float, most: float, *kinds: type):
+    """A check of a number; NaN and infinity are none that lies between others."""
+    kinds = kinds or (int, float)
+    return lambda value: type(value) in kinds and least <= value <= most
+
+
+def _is_loss(value: object) -> bool:
+    """Whether it is a number, or none because training diverged."""
+    return isinstance(value, float) or _between(-1e300, 1e300, int)(value)
+
+
+def _is_plan(value: object) -> bool:
+    drops = isinstance(value, dict) and value.get("drops")
+    return (
+        isinstance(drops, list)
+        and _between(1, MOST, int)(value.get("iterations"))
+        and all(map(_between(0, MOST), drops))
+        and isinstance(value.get("name"), str)
+    )
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, str | bool) or _between(-MOST, MOST)(value)
+
+
+MOST = 1e15  # iterations, epochs, seconds
+ACCURACY = _between(0, 1)
+ENTRY = {"epoch": _between(0, MOST), "iteration": _between(0, MOST), "main/loss": _is_loss}
+OPTIONAL = {  # in an entry or not
+    "elapsed_time": _between(0, MOST),
+    "lr": _between(0, MOST),
+    "stage": _between(0, MOST, int),
+}
 IDENTITY = {  # what the plots need of ``run`` in args.json
-    "architecture": str,
-    "n": int,
-    "seed": int,
-    "batchsize": int,
-    "data": str,
-    "training images": int,
-    "schedule": dict,
+    "architecture": lambda value: isinstance(value, str),
+    "n": _between(1, 1e6, int),
+    "seed": _between(0, MOST, int),
+    "batchsize": _between(1, MOST, int),
+    "data": lambda value: isinstance(value, str),
+    "training images": _between(1, MOST, int),
+    "schedule": _is_plan,
 }
 
 
@@ -101,7 +137,7 @@ def _find(path: Path | str) -> Iterable[Path]:
 
 
 def _skip(path: Path, reason: str) -> None:
-    print(f"skipped {path}: {reason}", file=sys.stderr)
+    print(command.one_line(f"skipped {path}: {reason}"), file=sys.stderr)
 
 
 def read_run(log: Path | str) -> Run:
@@ -113,43 +149,39 @@ def read_run(log: Path | str) -> Run:
     """
     log = Path(log)
     try:
-        entries = json.loads(log.read_text())
+        entries = files.read_json(log)
     except FileNotFoundError:
         raise ValueError("no log yet") from None
-    except ValueError:
-        raise ValueError("not JSON, or half-written") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON, or half-written: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise ValueError("not a log with entries")
     for entry in entries:
-        for key in ("epoch", "iteration", "main/loss"):
-            if not isinstance(entry, dict) or not _is_number(entry.get(key)):
+        for key, legal in (ENTRY | OPTIONAL).items():
+            if not isinstance(entry, dict) or (key in ENTRY and key not in entry):
                 raise ValueError(f"not a training log: an entry without {key}")
+            if key in entry and not legal(entry[key]):
+                raise ValueError(f"not a training log: an entry with an impossible {key}")
     for evaluation in EVALUATIONS:
         values = [e[key] for e in entries if (key := f"{evaluation}/main/accuracy") in e]
         if values:
             break
-    if not values or not all(map(_is_number, values)):
+    if not values or not all(map(ACCURACY, values)):
         legal = " or ".join(f"{evaluation}/main/accuracy" for evaluation in EVALUATIONS)
-        raise ValueError(f"no {legal} in it")
+        raise ValueError(f"no {legal} from 0 to 1 in it")
     arguments = log.with_name("args.json")
     if log.name != "log" or not arguments.exists():
         return Run(log, entries, evaluation, {}, [])
     try:
-        record = json.loads(arguments.read_text())
-        identity, starts = record["run"], record["starts"]
-        whole = all(isinstance(identity[key], kind) for key, kind in IDENTITY.items())
-        whole = whole and min(identity["schedule"]["iterations"], identity["training images"]) > 0
-        whole = whole and all(isinstance(start, dict) for start in starts)
-        whole = whole and all(map(_is_number, identity["schedule"]["drops"]))
+        record = files.read_json(arguments)
+        identity, starts = dict(record["run"]), [dict(start) for start in record["starts"]]
+        whole = all(legal(identity.get(key)) for key, legal in IDENTITY.items())
+        others = identity.keys() - IDENTITY.keys()
     except (ValueError, KeyError, TypeError):
         whole = False
-    if not whole:
+    if not whole or not all(_is_plain(identity[key]) for key in others):
         raise ValueError("args.json beside it is half-written or not from a training run")
     return Run(log.parent, entries, evaluation, identity, starts)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def parser(description: str) -> Parser:
@@ -157,7 +189,7 @@ def parser(description: str) -> Parser:
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "runs",
-        type=Path,
+        type=command.path,
         nargs="+",
         metavar="RUNS",
         help="run folders, folders of run folders, or logs of Chainer's LogReport",

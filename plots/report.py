@@ -1,4 +1,4 @@
-"""Write one HTML page with the report's tables and figures from the runs made so far.
+"""Write one HTML page from the runs made so far: the report's claims, its tables and figures.
 
   python plots/report.py runs                       report.html in the current folder
   python plots/report.py runs -o results/page.html
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from plots import conditions, curves, figures, logs, results
+from plots import claims, conditions, curves, figures, logs, results
 from plots.runs import Group, Run
 from resnet import command, files
 from resnet.command import clock
@@ -77,6 +77,8 @@ def page(groups: Sequence[Group]) -> str:
 <p>Made from {count} run{"s" * (count != 1)}. The reference numbers are those of He et al. (2015)
 and of the report that this project repeats, Gelda et al. (2016), both on CIFAR-10. Ours are the
 accuracy after the last epoch, as mean ± standard deviation (runs). Each leads to its runs.</p>
+<h2>The report's claims</h2>
+{_claims(groups, anchors)}
 <h2>Tables</h2>
 {"".join(_table(table, anchors) for table in results.build(groups))}
 <h2>Figures</h2>
@@ -85,6 +87,47 @@ accuracy after the last epoch, as mean ± standard deviation (runs). Each leads 
 {runs}
 </body>
 </html>
+"""
+
+
+def _claims(groups: Sequence[Group], anchors: dict[int, str]) -> str:
+    """Every claim with its rule, commands, what was measured, and the verdicts."""
+
+    def lines(texts: Sequence[str]) -> str:
+        return "<br>".join(map(escape, texts)) or results.BLANK
+
+    def measured(verdict: claims.Verdict) -> str:
+        links = "".join(
+            f' <a href="#{anchors[id(group)]}">[{i}]</a>'
+            for i, group in enumerate(verdict.groups, 1)
+        )
+        return lines(verdict.measured) + links
+
+    rows = ""
+    for claim, found in claims.verdicts(groups):
+        span = f' rowspan="{len(found)}"' if len(found) > 1 else ""
+        commands = "".join(f"<br><code>{escape(each)}</code>" for each in claim.commands)
+        first = (
+            f'<th scope="row"{span}>{escape(claim.section)}</th><td{span}>{escape(claim.text)}'
+            f"<details><summary>Decided by</summary>{escape(claim.rule)}{commands}</details></td>"
+        )
+        for verdict in found:
+            rows += (
+                f"<tr>{first}<td>{escape(verdict.schedule) or results.BLANK}</td>"
+                f"<td>{measured(verdict)}</td>"
+                f"<td><b>{escape(verdict.word)}</b> {escape(verdict.reason)}</td></tr>\n"
+            )
+            first = ""
+    head = "".join(
+        f'<th scope="col">{name}</th>'
+        for name in ("Report", "Claim", "Schedule", "Measured", "Verdict")
+    )
+    sentences = "".join(f"<li>{escape(each)}</li>" for each in claims.summary(groups))
+    return f"""<p class="note">{escape(claims.note(groups))} {escape(claims.SHORTER)}</p>
+<ul>{sentences}</ul>
+<div class="wide"><table><thead><tr>{head}</tr></thead>
+<tbody>
+{rows}</tbody></table></div>
 """
 
 
@@ -159,12 +202,14 @@ def _start(start: dict) -> str:
         if key == "packages" and key not in start:
             continue  # as at the start before
         if key in ("versions", "packages") and isinstance(value, dict):
-            value = ", ".join(f"{package} {version}" for package, version in value.items())
+            value = ", ".join(
+                f"{key} {text}" for key, text in value.items() if isinstance(text, str)
+            )
         elif key == "git" and isinstance(value, dict):
             kept = "its diff is in args.json" if value.get("diff") else "cannot be repeated"
             modified = f", modified: {kept}" if value.get("modified") else ""
             value = f"{value.get('commit')}{modified}"
-        text = escape(str(results.BLANK if value is None else value))
+        text = escape(str(value) if isinstance(value, str | int | float) else results.BLANK)
         text = f"<code>{text}</code>" if key == "command" else text
         rows += f'<tr><th scope="row">{name}</th><td>{text}</td></tr>\n'
     return f"<table><tbody>\n{rows}</tbody></table>\n"
@@ -192,7 +237,7 @@ def main() -> None:
     text = page(logs.read(args.runs))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with files.whole(args.out) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
     print(f"wrote {args.out}")
 
 

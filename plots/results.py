@@ -45,10 +45,10 @@ class Table:
     rows: list[list[Cell]]
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean ± sample standard deviation (runs); a single run has no deviation."""
-    deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{deviation} ({len(values)} run{'s' * (len(values) > 1)})"
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation} ({len(values)} run{'s' * (len(values) > 1)})"
 
 
 def last(group: Group) -> str:

@@ -95,7 +95,7 @@ def main() -> None:
     p.add_argument(
         "--out",
         "-o",
-        type=Path,
+        type=command.path,
         metavar="FOLDER",
         help="write a file there (default: print the tables)",
     )
@@ -107,7 +107,7 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     with files.whole(args.out / name) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
     print(f"wrote {args.out / name}")
 
 

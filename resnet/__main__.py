@@ -14,9 +14,9 @@ from resnet import command
 from resnet.command import USAGE
 
 COMMANDS = {
-    "experiments": ("plain", "resnet", "resresnet", "partial_training", "speed"),
-    "plots": ("curves", "tables", "figures", "report"),
-    "resnet": ("evaluate", "export", "cifar10", "compat"),
+    "experiments": ("plain", "resnet", "resresnet", "partial_training", "evidence", "speed"),
+    "plots": ("curves", "tables", "figures", "report", "claims"),
+    "resnet": ("evaluate", "export", "pretrained", "cifar10", "compat"),
 }
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import io
 import os
-import pickle
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -20,12 +19,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from resnet import command, synthetic
+from resnet import arrays, command, files, pickles, synthetic
 from resnet.command import InputError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 SIZE = 170_498_071  # bytes of the official archive
 MD5 = "c58f30108f718f92721af3b95e74349a"
+DEADLINE = 3600  # seconds for a whole download, 47 kB/s; the next one goes on from there
 OFFICIAL_MD5 = {  # of the files in the official archive
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -35,6 +35,7 @@ OFFICIAL_MD5 = {  # of the files in the official archive
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
 TEST_FILE = "test_batch"
+COUNTS = (50_000, 10_000)  # training and test images
 ARCHIVE, FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer",
@@ -49,7 +50,6 @@ KNOWN_IMAGES = {  # by `digest` of the images and labels
     "7859d8b42730906b87a366c608603cfcae0c66c0999a1eb0a7d25c6c5614deb9": (
         "CIFAR-10, 93 of 60,000 images through a JPEG"
     ),
-    "a85590e7440aec5280115f3be1604870f2dc53f66bd8c9766587e679addc7097": "JPEG copy of CIFAR-10",
 }
 
 
@@ -97,14 +97,14 @@ def load(data: str | None = None, may_download: bool = True) -> Dataset:
         return Dataset(data, *arrays, synthetic.CLASSES, source, digest(*arrays))
     try:
         if data is not None:
-            path = Path(data).expanduser()
-            if not path.exists():
+            path = _expand(data)
+            if not data or not (path.is_file() or path.is_dir()):
                 raise InputError(f"--data: no such file or folder '{data}'; {LEGAL}, or synthetic")
             read = _reader(path)
             if read is None:
                 raise InputError(f"--data: no CIFAR-10 in the folder {path}; {LEGAL}")
             return read()
-        root = Path(os.environ.get("CHAINER_DATASET_ROOT") or "~/.chainer/dataset").expanduser()
+        root = _expand(os.environ.get("CHAINER_DATASET_ROOT") or "~/.chainer/dataset")
         read = _reader(root) if root.is_dir() else None
         if read is None and not may_download:
             raise InputError(
@@ -118,6 +118,14 @@ def load(data: str | None = None, may_download: bool = True) -> Dataset:
         return read()
     except OSError as error:  # unreadable, or gone since it was found
         raise InputError(f"{error.filename or data or root}: {error.strerror or error}") from None
+
+
+def _expand(name: str) -> Path:
+    """The path that a name is of, where ``~`` is a home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # of a user who has none
+        raise InputError(f"'{name}': {command.reason(error)}; {LEGAL}") from None
 
 
 def cache_name() -> str:
@@ -232,6 +240,7 @@ def _open_locked(partial: Path) -> BinaryIO:
 
 def _fetch(file: BinaryIO, url: str, size: int) -> None:
     """Append to ``file`` what is missing of ``url``; from the start if the server insists."""
+    deadline = time.monotonic() + DEADLINE
     have = file.seek(0, os.SEEK_END)
     if have == size:  # all there, but its check was interrupted
         return
@@ -255,20 +264,24 @@ def _fetch(file: BinaryIO, url: str, size: int) -> None:
             start = start if partial else 0
             length = response.headers.get("Content-Length")
             file.truncate(start)
-            _copy(response, file, start, start + int(length) if length else size, size)
+            _copy(response, file, start, start + int(length) if length else size, size, deadline)
             return
 
 
-def _copy(response: BinaryIO, file: BinaryIO, have: int, total: int, limit: int) -> None:
+def _copy(
+    response: BinaryIO, file: BinaryIO, have: int, total: int, limit: int, deadline: float
+) -> None:
     """Append ``response`` to the ``have`` bytes of ``file``, at most to just above ``limit``."""
     terminal = sys.stderr.isatty()
     step, end = (1, "\r") if terminal else (20, "\n")
     shown = -1
     file.seek(have)
     try:
-        while have <= limit and (chunk := response.read(1 << 16)):
+        while have <= limit and (chunk := response.read1(1 << 16)):  # what has come
             file.write(chunk)
             have += len(chunk)
+            if have < total and time.monotonic() > deadline:
+                raise TimeoutError(f"it took longer than {DEADLINE} s")
             percent = 100 * have // max(total, 1)
             if percent // step > shown:
                 shown = percent // step
@@ -301,7 +314,7 @@ def _read_folder(path: Path) -> Dataset:
     official, batches = True, {}
     for name, md5 in OFFICIAL_MD5.items():
         try:
-            content = (path / name).read_bytes()
+            content = files.read(path / name)
         except OSError as error:
             raise InputError(f"{path / name}: {error.strerror}; {LEGAL}") from None
         official &= hashlib.md5(content).hexdigest() == md5
@@ -334,18 +347,15 @@ def _read_archive(path: Path) -> Dataset:
 def _read_npz(path: Path) -> Dataset:
     """Read the arrays that Chainer's ``get_cifar10`` keeps of the archive it once read."""
     try:
-        with np.load(path) as file:
-            train_x, train_y, test_x, test_y = (
-                file[name] for name in ("train_x", "train_y", "test_x", "test_y")
-            )
-        batches = {
-            "train": _check(path, train_x.reshape(len(train_x), -1), train_y),
-            TEST_FILE: _check(path, test_x.reshape(len(test_x), -1), test_y),
-        }
-    except InputError:
-        raise
-    except Exception as error:  # a damaged zip file can raise anything
+        with files.parsing():
+            found = arrays.read_npz(files.read(path))
+            parts = {
+                part: (found[f"{part}_x"].reshape(len(found[f"{part}_x"]), -1), found[f"{part}_y"])
+                for part in ("train", "test")
+            }
+    except ValueError as error:
         raise InputError(f"{path}: not Chainer's cache of CIFAR-10 ({error}); {LEGAL}") from None
+    batches = {"train": _check(path, *parts["train"]), TEST_FILE: _check(path, *parts["test"])}
     return _assemble(batches, UNVERIFIED, path)
 
 
@@ -353,44 +363,38 @@ def _assemble(batches: dict[str, tuple[np.ndarray, np.ndarray]], name: str, path
     """Join the batches; the training batches lie in their official order whatever the archive's."""
     test = batches.pop(TEST_FILE)
     train = zip(*(batches[key] for key in sorted(batches)), strict=True)
-    arrays = (*(np.concatenate(parts) for parts in train), *test)
-    found = digest(*arrays)
+    images = (*(np.concatenate(parts) for parts in train), *test)
+    found = digest(*images)
     if name != OFFICIAL:
         name = KNOWN_IMAGES.get(found, name)
-    return Dataset(name, *arrays, CLASSES, str(path.absolute()), found)
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that calls nothing but what rebuilds a NumPy array.
-
-    The official files were pickled by Python 2 and need just these. A pickle from elsewhere could
-    name any function, and loading it would call that function.
-    """
-
-    def find_class(self, module: str, name: str) -> object:
-        # The module was renamed in NumPy 2, so neither name can be imported under every version.
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np.empty(0).__reduce__()[0]
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            # Old pickles give the flags as 0 and 1, of which NumPy from 2.4 on warns.
-            return lambda kind, align=0, copy=0: np.dtype(kind, bool(align), bool(copy))
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
+    counts = len(images[1]), len(images[3])
+    if counts != COUNTS:
+        print(
+            "warning: {}: not all of CIFAR-10: found {:,} training and {:,} test images, "
+            "CIFAR-10 has {:,} and {:,}".format(path, *counts, *COUNTS),
+            file=sys.stderr,
+        )
+    return Dataset(name, *images, CLASSES, str(path.absolute()), found)
 
 
 def _read_batch(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Images, uint8 (N, 3, 32, 32), and labels, int32 (N,), of one of the six files."""
     try:
-        record = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-        # Keys are bytes as Python 2 wrote them, text in copies that Python 3 wrote.
-        data, labels = (record.get(key.encode(), record.get(key)) for key in ("data", "labels"))
-        return _check(path, data, np.asarray(labels))
-    except InputError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: not a CIFAR-10 batch: {reason}; {LEGAL}") from None
+        with files.parsing():
+            record = pickles.load(content)
+            if not isinstance(record, dict) or not {"data", "labels"} <= record.keys():
+                raise ValueError("holds no data and labels")
+            data, labels = (
+                getattr(value, "value", value) for value in (record["data"], record["labels"])
+            )
+            # Checked before NumPy makes an array of them: lists in lists can be endless.
+            if not isinstance(labels, np.ndarray):
+                if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+                    raise ValueError("labels: legal: a list of whole numbers")
+                labels = np.asarray(labels)
+    except ValueError as error:
+        raise InputError(f"{path}: not a CIFAR-10 batch: {error}; {LEGAL}") from None
+    return _check(path, data, labels)
 
 
 def _check(path: Path, data: object, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

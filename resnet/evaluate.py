@@ -3,22 +3,36 @@
 python -m resnet.evaluate runs/resnet-20-seed0                  on the test set
 python -m resnet.evaluate runs/resnet-20-seed0/blocks.h5 --data PATH
 python -m resnet.evaluate runs/resnet-20-seed0 --images cat.png dog.jpg
+python -m resnet.evaluate resnet-20                             a trained network of the package
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import io
+import math
 from pathlib import Path
 
 import chainer
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from resnet import cifar10, command, extensions, flags, functions, training, weights
+from resnet import (
+    cifar10,
+    command,
+    extensions,
+    files,
+    flags,
+    functions,
+    pretrained,
+    training,
+    weights,
+)
 from resnet.command import InputError, Parser
 from resnet.network import layers
 from resnet.updater import Images
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 
 def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -29,23 +43,49 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
 def read_image(path: Path | str) -> np.ndarray:
     """An image file as a network sees it: upright, its central square, scaled to 32 x 32.
 
+    What is transparent becomes white; 16 bits are scaled to 8.
+
     Returns:
         uint8 (3, 32, 32).
 
     Raises:
-        InputError: The file is missing or no image.
+        InputError: The file is missing, no image, too large, or of numbers without a known range.
     """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)  # a photograph says how it was held
-            side = min(image.size)
-            left, top = ((length - side) // 2 for length in image.size)
-            square = image.convert("RGB").crop((left, top, left + side, top + side))
-    except FileNotFoundError:
-        raise InputError(f"--images {path}: no such file") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"--images {path}: not a readable image ({error})") from None
-    return np.asarray(square.resize((32, 32), Image.Resampling.BOX)).transpose(2, 0, 1)
+        with files.parsing():
+            content = files.read(path)  # that is no image file Pillow may read forever
+            with Image.open(io.BytesIO(content), formats=_formats()) as image:
+                if (pixels := math.prod(image.size)) > Image.MAX_IMAGE_PIXELS:
+                    raise ValueError(f"{pixels:,} pixels, legal: up to {Image.MAX_IMAGE_PIXELS:,}")
+                side = min(image.size)
+                left, top = ((length - side) // 2 for length in image.size)
+                square = _rgb(image, image.crop((left, top, left + side, top + side)))
+                small = square.resize((32, 32), Image.Resampling.BOX)
+                small.info["exif"] = image.getexif().tobytes()
+                small = ImageOps.exif_transpose(small)  # a photograph says how it was held
+    except ValueError as error:
+        legal = f"legal: {', '.join(FORMATS)} of 8 or 16 bits"
+        raise InputError(f"--images {path}: not a readable image ({error}); {legal}") from None
+    return np.asarray(small).transpose(2, 0, 1)
+
+
+def _formats() -> list[str]:
+    """Those of ``FORMATS`` that this Pillow has; of its others some start programs."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _rgb(image: Image.Image, part: Image.Image) -> Image.Image:
+    """A part of ``image`` in RGB, which Pillow's ``convert`` alone would clip or leave black."""
+    sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # of older Pillows
+    if sixteen or image.mode.startswith("I;16"):
+        part = Image.fromarray(np.rint(np.asarray(part) / 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("numbers of 32 bits, of which nobody says what is white")
+    elif "A" in image.getbands() or "transparency" in image.info:
+        part = part.convert("RGBA")
+        part = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part)
+    return part.convert("RGB")
 
 
 def print_evaluation(truth: np.ndarray, predicted: np.ndarray, classes: tuple[str, ...]) -> None:
@@ -74,22 +114,29 @@ def print_classes(paths: list[Path], logits: np.ndarray, classes: tuple[str, ...
 def recorded_data(path: Path | str) -> str | None:
     """Where the run of a blocks.h5 had its images from, if they are still there."""
     try:
-        source = json.loads(Path(path).with_name("args.json").read_text())["starts"][-1]["data"]
-    except (OSError, ValueError, LookupError):
+        record = files.read_json(Path(path).with_name("args.json"))
+        source = Path(record["starts"][-1]["data"])
+        return str(source) if source.exists() else None
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    return source if Path(source).exists() else None
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, metavar="RUN_OR_H5", help="run folder or blocks.h5")
+    parser.add_argument(
+        "weights",
+        type=command.path,
+        metavar="RUN_OR_H5_OR_NAME",
+        help="run folder, blocks.h5, or the name of a trained network of the package: "
+        f"{', '.join(pretrained.names()) or 'none is here'}",
+    )
     parser.add_argument("--data", metavar="PATH", help="as for training; the test set is used")
     parser.add_argument("--device", "-d", help="cpu, or the number of a GPU")
     parser.add_argument(
-        "--images", type=Path, nargs="+", metavar="FILE", help="classify these files instead"
+        "--images", type=command.path, nargs="+", metavar="FILE", help="classify these instead"
     )
     args = parser.parse_args()
-    path = args.weights / "blocks.h5" if args.weights.is_dir() else args.weights
+    path = pretrained.find(args.weights)
     device = flags.find_device(args.device)
     functions.use(gpu=device.xp is not np)
     network, description = weights.restore(path)
@@ -114,6 +161,10 @@ def main() -> None:
             print(f"NOTE: these weights were trained on {description.dataset}")
     logits = extensions.predict(network, Images(x, y, weights.read_mean(path), device))
     logits = chainer.cuda.to_cpu(logits)
+    if len(description.classes) != logits.shape[1]:
+        raise InputError(
+            f"{path}: names {len(description.classes)} classes, legal: {logits.shape[1]}"
+        )
     if args.images:
         print_classes(args.images, logits, description.classes)
     else:

@@ -24,7 +24,17 @@ import chainer
 import numpy as np
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
-from resnet import cifar10, command, evaluate, extensions, files, functions, training, weights
+from resnet import (
+    cifar10,
+    command,
+    evaluate,
+    extensions,
+    files,
+    functions,
+    pretrained,
+    training,
+    weights,
+)
 from resnet import network as networks
 from resnet.command import USAGE, InputError, Parser
 from resnet.network import BLOCKS, CHANNELS, Network
@@ -320,8 +330,9 @@ def main() -> None:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     # fmt: off
-    add("source", type=Path, metavar="RUN_OR_FILE",
-        help="run folder, blocks.h5, or a state dict of PyTorch in .th, .pt or .pth")
+    add("source", metavar="RUN_OR_FILE_OR_NAME",
+        help="run folder, blocks.h5, name of a trained network of the package, or a state dict of "
+        "PyTorch in .th, .pt or .pth")
     add("--onnx", type=file_named(".onnx"), metavar="FILE.onnx", help="write an ONNX model")
     add("--torch", type=file_named(".pt"), metavar="FILE.pt",
         help="write a state dict of PyTorch, and FILE.py, its module")
@@ -331,11 +342,11 @@ def main() -> None:
     args = p.parse_args()
     if not (args.onnx or args.torch or args.h5):
         raise InputError("nothing to write; legal: --onnx, --torch or --h5 with a file", USAGE)
-    if args.source.suffix in (".th", ".pt", ".pth"):
-        path = args.source
+    if Path(args.source).suffix in (".th", ".pt", ".pth"):
+        path = Path(args.source)
         network, description, mean = from_torch(path)
     else:
-        path = args.source / "blocks.h5" if args.source.is_dir() else args.source
+        path = pretrained.find(args.source)
         network, description = weights.restore(path)
         mean = weights.read_mean(path)
     print(f"{path}: {training.NAMES[description.architecture]}, "

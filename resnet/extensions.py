@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import json
 import math
 import os
 import signal
 import sys
 import time
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,9 +19,11 @@ import chainer
 import numpy as np
 from chainer import training
 from chainer.serializers import DictionarySerializer, NpzDeserializer
+from chainer.training.extensions import LogReport
 
-from resnet import files, flags, functions
-from resnet.command import InputError, clock
+from resnet import arrays, files, flags, functions
+from resnet.arrays import Kind
+from resnet.command import InputError, clock, unheard
 from resnet.parallel import ALONE, Processes
 from resnet.updater import Images
 
@@ -111,6 +115,51 @@ class Distance(training.Extension):
         return np.concatenate([chainer.cuda.to_cpu(p.array).ravel() for _, p in parameters])
 
 
+class Log(LogReport):
+    """Chainer's ``LogReport``, whose file is whole, and on the disk, from one epoch to the next.
+
+    Args:
+        path: The file.
+        trigger: When an entry is written.
+    """
+
+    def __init__(self, path: Path, trigger) -> None:
+        super().__init__(trigger=trigger, log_name=None)
+        self.path = path
+
+    def __call__(self, trainer) -> None:
+        before = len(self.log)
+        super().__call__(trainer)
+        if len(self.log) > before:
+            write_log(self.path, self.log)
+
+
+def write_log(path: Path, entries: list[dict]) -> None:
+    """Write a log as Chainer's ``LogReport`` does."""
+    with files.whole(path) as temporary:
+        temporary.write_text(json.dumps(entries, indent=4))
+
+
+def check_log(entries: object, evaluation: str, iterations: int | None = None) -> None:
+    """Raise ``ValueError`` where ``entries`` are not a log as training writes it.
+
+    Args:
+        entries: What was read.
+        evaluation: ``test`` or ``validation``.
+        iterations: Where it has to end; anywhere by default.
+    """
+    keys = ("epoch", "iteration", "elapsed_time", "lr", "main/loss", "main/accuracy",
+            f"{evaluation}/main/loss", f"{evaluation}/main/accuracy")  # fmt: skip
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("not a list of epochs")
+    for key in keys:
+        if not all(type(entry.get(key)) in (int, float) for entry in entries):
+            raise ValueError(f"an epoch without a number {key}")
+    ends = entries[-1]["iteration"] if entries else 0
+    if iterations is not None and ends != iterations:
+        raise ValueError(f"ends at iteration {ends}, legal: {iterations}")
+
+
 class EpochEnd:
     """Trigger: the end of each epoch, and the end of the training wherever it falls."""
 
@@ -127,19 +176,23 @@ class StopRequest:
 
     Signals are noted while it is entered, and to the end of a process that leaves by ``sys.exit``:
     a batch system and a launcher under it each send their own, at any time, and a later one must
-    not keep a snapshot from being written. Only a second Ctrl-C ends the process at once.
+    not keep a snapshot from being written. Only Ctrl-C ends the process at once, when it comes
+    for a third time; the second tells what that loses. A closed terminal and a pipe without a
+    reader are signals, too.
 
     Args:
         deadline: When the time is over, on the clock of ``time.monotonic``.
 
     Attributes:
         reason: Why training shall stop; None while it shall not.
+        unsaved: Tells how many seconds of training no snapshot holds yet.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGPIPE)
 
     def __init__(self, deadline: float = math.inf) -> None:
         self.deadline = deadline
+        self.unsaved: Callable[[], float] = lambda: 0
         self._signal: signal.Signals | None = None
 
     @property
@@ -150,7 +203,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._signal = None
-        self._before = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        noted = set(self.SIGNALS)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            noted.remove(signal.SIGHUP)  # nohup
+        self._before = {number: signal.signal(number, self._remember) for number in noted}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -159,11 +215,19 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self._signal is None:
-            # Not print, which may be what was interrupted.
-            os.write(2, b"\nfinishing this iteration, then a snapshot; Ctrl-C again ends at once\n")
-        self._signal = self._signal or signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        first = self._signal is None
+        if first:
+            self._signal = signal.Signals(number)
+        if number == signal.SIGINT:
+            text = "finishing this iteration, then a snapshot"
+            if not first:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                text += (
+                    "; Ctrl-C once more ends it at once and loses the last "
+                    f"{self.unsaved():.0f} s of training"
+                )
+            with contextlib.suppress(OSError):  # not print, which may be what was interrupted
+                os.write(2, f"\n{text}\n".encode())
 
 
 class UntilDone:
@@ -185,6 +249,9 @@ class UntilDone:
 class Snapshots(training.Extension):
     """The whole state of a training run, in files ``snapshot_iter_N.npz``.
 
+    Behind each stands a digest, by which bits that rot are noticed. A file without one, of an
+    older version, is read if all else about it is right.
+
     Args:
         folder: Where the files lie.
         identity: What the run trains; a snapshot of something else is refused.
@@ -201,9 +268,13 @@ class Snapshots(training.Extension):
         self.keep = keep
         self._last = time.monotonic()
 
+    def age(self) -> float:
+        """Seconds since the newest snapshot, or since training began."""
+        return time.monotonic() - self._last
+
     def __call__(self, trainer) -> None:
         first = trainer.updater.processes.rank == 0  # decides for all
-        due = first and time.monotonic() - self._last >= self.interval
+        due = first and self.age() >= self.interval
         if trainer.updater.processes.any(due):
             self.save(trainer)
 
@@ -219,9 +290,13 @@ class Snapshots(training.Extension):
             return path
         serializer = DictionarySerializer()
         serializer.save(trainer)
-        with files.whole(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, identity=json.dumps(self.identity), **serializer.target)
-        for old in self.files()[self.keep :]:
+        content = io.BytesIO()
+        np.savez(content, identity=json.dumps(self.identity), sealed=True, **serializer.target)
+        with files.whole(path) as temporary:
+            temporary.write_bytes(files.seal(content.getvalue()))
+        # Newer ones are damaged, or another --resume was asked for: they take nobody's place.
+        older = [each for each in self.files() if _iteration(each) <= updater.iteration]
+        for old in older[self.keep :]:
             old.unlink(missing_ok=True)
         self._last = time.monotonic()
         return path
@@ -229,23 +304,20 @@ class Snapshots(training.Extension):
     def files(self) -> list[Path]:
         """The snapshots in the folder, newest first."""
 
-        def iteration(path: Path) -> int:
-            number = path.stem.removeprefix("snapshot_iter_")
-            return int(number) if number.isdigit() else -1
-
-        return sorted(self.folder.glob("snapshot_iter_*.npz"), key=iteration, reverse=True)
+        found = self.folder.glob("snapshot_iter_*.npz")
+        return sorted(found, key=_iteration, reverse=True)
 
     def resume_newest(self, trainer) -> Path | None:
-        """Go on from the newest snapshot that can be read; name each damaged one on stderr."""
-        for path in self.files():
+        """Go on from the newest snapshot that is intact; name each damaged one on stderr."""
+        paths = self.files()
+        for path, before in itertools.zip_longest(paths, paths[1:]):
             try:
-                state = self._read(path)
-            except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
-                print(
-                    f"warning: {path} is damaged ({error}); trying the one before", file=sys.stderr
-                )
+                state = self._read(path, trainer)
+            except ValueError as error:
+                then = "trying the one before" if before else "beginning anew, as there is no other"
+                print(f"warning: {path} is damaged ({error}); {then}", file=sys.stderr)
                 continue
-            self._load(path, state, trainer)
+            NpzDeserializer(state).load(trainer)
             return path
         return None
 
@@ -255,30 +327,95 @@ class Snapshots(training.Extension):
         Raises:
             InputError: It is missing, damaged, no snapshot, or of another run.
         """
+        legal = "legal: a snapshot_iter_N.npz"
         if not path.is_file():
-            raise InputError(f"--resume {path}: no such file; legal: a snapshot_iter_N.npz")
+            raise InputError(f"--resume {path}: no such file; {legal}")
         try:
-            state = self._read(path)
-        except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+            state = self._read(path, trainer)
+        except ValueError as error:
             raise InputError(
-                f"--resume {path}: not a readable snapshot ({error}); legal: a snapshot_iter_N.npz"
+                f"--resume {path}: not a readable snapshot ({error}); {legal}"
             ) from None
-        self._load(path, state, trainer)
+        NpzDeserializer(state).load(trainer)
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, np.ndarray]:
-        # Every array is read, and its checksum verified, before anything of the run is changed.
-        with np.load(io.BytesIO(path.read_bytes())) as file:
-            return {name: file[name] for name in file.files}
+    def read_log(self, evaluation: str, iterations: int) -> tuple[list[dict], Path] | None:
+        """A log that ends at ``iterations``, and the snapshot it was in; None if none has it."""
+        for path in self.files():
+            with contextlib.suppress(ValueError), files.parsing():
+                content = self._parse(path)
+                entries = json.loads(str(content[LOG]))
+                check_log(entries, evaluation, iterations)
+                return entries, path
+        return None
 
-    def _load(self, path: Path, state: dict[str, np.ndarray], trainer) -> None:
-        if "identity" not in state:
+    def _parse(self, path: Path) -> dict[str, np.ndarray]:
+        """The arrays of a snapshot, as they were saved, of a run like this one.
+
+        Raises:
+            InputError: It is of another run, or no snapshot.
+            ValueError: It is damaged.
+        """
+        with files.parsing():
+            content, sealed = files.read_sealed(path)
+            state = arrays.read_npz(content)
+            if bool(state.pop("sealed", False)) != sealed:
+                raise ValueError("changed since it was saved: its sha256 is missing")
+            identity = json.loads(str(state.pop("identity", "null")))
+            found = None if identity is None else dict(identity)
+        if found is None:
             raise InputError(
                 f"{path}: holds weights but not the state of a training run; "
                 "legal: a snapshot_iter_N.npz"
             )
-        refuse_other_run(str(path), json.loads(str(state["identity"])), self.identity)
-        NpzDeserializer(state).load(trainer)
+        refuse_other_run(str(path), found, self.identity)
+        return state
+
+    def _read(self, path: Path, trainer) -> dict[str, np.ndarray]:
+        """As ``_parse``; fits ``trainer``, of which nothing is changed before all is checked."""
+        state = self._parse(path)
+        with files.parsing():
+            expected = _expected(trainer.updater)
+            found = {name: Kind.of(array) for name, array in state.items()}
+            rest = {name for name in found if name.startswith(("extension", "_snapshot"))}
+            arrays.compare({name: found[name] for name in found.keys() - rest}, expected)
+            for name in sorted(rest | ALWAYS.keys()):  # of which a process may take but a part
+                number = found.get(name) if found.get(name) in NUMBERS else NUMBERS[0]
+                arrays.compare({name: found.get(name)}, {name: ALWAYS.get(name, number)})
+            arrays.check_values(state)
+            iteration, end = state["updater/iteration"], trainer.updater.schedule.iterations
+            if iteration > end:
+                raise ValueError(f"updater/iteration: found {iteration}, legal: up to {end}")
+            [float(error) for error in str(state["updater/warm_up/errors"]).split(",") if error]
+            if not isinstance(json.loads(str(state[LOG])), list):
+                raise ValueError(f"{LOG}: not a list")
+            if not all(isinstance(each, str) for each in json.loads(str(state[NAMES]))):
+                raise ValueError(f"{NAMES}: not a list of names")
+        return state
+
+
+LOG, NAMES = "extensions/LogReport/_log", "extensions/LogReport/_summary/_names"
+ALWAYS = {  # beside the updater's: what every snapshot holds
+    LOG: Kind("text", ()),
+    NAMES: Kind("text", ()),
+    "_snapshot_elapsed_time": Kind("float64", ()),
+}
+NUMBERS = (Kind("float64", ()), Kind("int64", ()))  # what else of extensions may stand in one
+
+
+def _iteration(snapshot: Path) -> int:
+    number = snapshot.stem.removeprefix("snapshot_iter_")
+    return int(number) if number.isdecimal() else -1
+
+
+def _expected(updater) -> dict[str, Kind]:
+    """What a snapshot holds of an updater that has not trained yet."""
+    serializer = DictionarySerializer()
+    updater.serialize(serializer["updater"])
+    expected = {name: Kind.of(array) for name, array in serializer.target.items()}
+    for name, parameter in updater.optimizer.target.namedparams():
+        if parameter.update_rule.enabled:  # has a velocity from its first update on
+            expected[f"updater/optimizer{name}/v"] = Kind.of(parameter)
+    return expected
 
 
 def refuse_other_run(where: str, found: dict, wanted: dict) -> None:
@@ -295,7 +432,7 @@ class Progress(training.Extension):
     """One printed line per epoch; on a terminal also a bar with the time left.
 
     Both fit the terminal's width, as it is when they are printed: columns are left out, then the
-    bar gets shorter. A launcher gives its processes terminals that nobody sees; there is no bar.
+    bar gets shorter.
 
     Args:
         log_report: The trainer's ``LogReport``, whose newest entry is printed.
@@ -308,7 +445,6 @@ class Progress(training.Extension):
     WIDTHS: ClassVar = {"epoch": 5, "iteration": 9, "rate": 6, "train loss": 10, "train error": 11,
               "test error": 16, "time": 8, "left": 8}  # fmt: skip
     NEEDLESS = ("left", "iteration", "time", "rate", "train error")  # left out in this order
-    LAUNCHERS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")  # variables of their processes
 
     def __init__(self, log_report, evaluation: str, iterations: int, out=sys.stdout) -> None:
         self.log_report = log_report
@@ -320,10 +456,11 @@ class Progress(training.Extension):
         self._terminal = False
 
     def initialize(self, trainer) -> None:
+        # A launcher may give its processes a terminal that is none; the jobs say that it is dumb.
+        alone = trainer.updater.processes.size == 1
+        self._terminal = alone and self.out.isatty() and os.environ.get("TERM") != "dumb"
         self._start = time.monotonic(), trainer.updater.iteration
         self._printed = len(self.log_report.log)
-        launched = any(name in os.environ for name in self.LAUNCHERS)
-        self._terminal = self.out.isatty() and not launched
         self._print_head()
 
     def __call__(self, trainer) -> None:
@@ -385,8 +522,9 @@ class Progress(training.Extension):
             self._write("\r\033[K")
 
     def _write(self, text: str) -> None:
-        self.out.write(text)
-        self.out.flush()
+        with unheard(self.out):
+            self.out.write(text)
+            self.out.flush()
 
     def _left(self, trainer) -> float:
         """Seconds left at the pace since this process began."""

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import platform
+import shutil
+import stat
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from resnet.command import InputError
+from resnet.command import InputError, reason
+
+LARGEST = 1 << 31  # bytes of a file that is read as a whole
+SEAL = b"\nsha256 of all before: "  # and the digest end a saved file
 
 
 @contextlib.contextmanager
@@ -27,11 +35,88 @@ def whole(path: Path | str) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a new name outlast a power cut, as its content does, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read(path: Path) -> bytes:
+    """Content of a regular file; a pipe or a device might never end.
+
+    Raises:
+        OSError: It is none, or larger than ``LARGEST``, or cannot be read.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if status.st_size > LARGEST:
+        raise OSError(errno.EFBIG, f"larger than {LARGEST:,} bytes", str(path))
+    return Path(path).read_bytes()
+
+
+def seal(content: bytes) -> bytes:
+    """``content`` with its digest behind it."""
+    return content + SEAL + hashlib.sha256(content).hexdigest().encode()
+
+
+def read_sealed(path: Path) -> tuple[bytes, bool]:
+    """What ``seal`` was given, verified by its digest, and True; or a file without one, and False.
+
+    Raises:
+        ValueError: It has changed since.
+        OSError: As ``read``.
+    """
+    content = read(path)
+    body, mark, _ = content.rpartition(SEAL)
+    if not mark:
+        return content, False
+    if seal(body) != content:
+        raise ValueError("changed since it was saved: its sha256 differs")
+    return body, True
+
+
+@contextlib.contextmanager
+def parsing() -> Iterator[None]:
+    """Turn whatever the body raises into a ``ValueError`` of one line.
+
+    A damaged or hostile file can make a library raise anything, or warn of it in its own words.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        raise ValueError(reason(error)) from None
+
+
+def read_json(path: Path) -> object:
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It cannot be read, or is not JSON.
+    """
+    try:
+        content = read(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(reason(error)) from None
+    with parsing():
+        return json.loads(content)
 
 
 @contextlib.contextmanager
@@ -63,6 +148,9 @@ def only_writer(folder: Path | str) -> Iterator[None]:
         print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
         for half in folder.glob(".*.tmp"):
             half.unlink(missing_ok=True)
+        for half in folder.glob("log" + "[a-z0-9_]" * 8):  # in which Chainer's LogReport writes
+            if half.is_dir() and {path.name for path in half.iterdir()} <= {"log.json"}:
+                shutil.rmtree(half)
         yield
 
 

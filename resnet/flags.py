@@ -9,38 +9,46 @@ from pathlib import Path
 import chainer
 
 from resnet import augmentation, functions, parallel
-from resnet.command import USAGE, InputError, Parser
+from resnet.command import USAGE, InputError, Parser, path
 
 BATCHSIZE = 128  # He et al. 2015, 4.2, and the report
+# Legal values, beyond all that is useful, so that a slip shows at once.
+DEPTH = (1, 1000)  # modules per block; He et al. 2015 went up to 200
+BATCH = (1, 50_000)  # images
+SEED = (0, 2**32 - 1)  # NumPy's
+EPOCHS = (1, 1_000_000)
+SECONDS = (0, 1e9)  # 30 years
 
 
-def whole_number(least: int):
-    """An argument type: a whole number from ``least`` up."""
+def whole_number(least: int, most: int):
+    """An argument type: a whole number from ``least`` to ``most``."""
 
     def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = None
-        if number is None or number < least:
+        if number is None or not least <= number <= most:
             raise argparse.ArgumentTypeError(
-                f"found '{text}', legal: a whole number from {least} up"
+                f"found '{text}', legal: a whole number from {least} to {most}"
             )
         return number
 
     return parse
 
 
-def number(least: float):
-    """An argument type: a number from ``least`` up."""
+def number(least: float, most: float):
+    """An argument type: a number from ``least`` to ``most``."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = float("nan")
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"found '{text}', legal: a number from {least:g} up")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"found '{text}', legal: a number from {least:g} to {most:g}"
+            )
         return value
 
     return parse
@@ -56,20 +64,20 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     # fmt: off
-    add("--n", type=whole_number(1), nargs="+", metavar="N",
+    add("--n", type=whole_number(*DEPTH), nargs="+", metavar="N",
         help="modules per block, 6n + 2 layers; several are trained one after the other "
         f"(default: {depths})")
-    add("--batchsize", "-b", type=whole_number(1), default=BATCHSIZE, metavar="B",
+    add("--batchsize", "-b", type=whole_number(*BATCH), default=BATCHSIZE, metavar="B",
         help="images per iteration (default: %(default)s)")
-    add("--epoch", "-e", type=whole_number(1), metavar="E",
+    add("--epoch", "-e", type=whole_number(*EPOCHS), metavar="E",
         help="train so many epochs instead of the full schedule")
-    add("--shorten", type=whole_number(1), default=1, metavar="K",
+    add("--shorten", type=whole_number(1, 64_000), default=1, metavar="K",
         help="train on the schedule K times shorter, its drops and stages alike (default: 1)")
     add("--warmup", choices=("auto", "on", "off"), default="auto",
         help="rate 0.01 until the training error is below 80%% (default: auto, from n = 18 on)")
-    add("--seed", type=whole_number(0), default=0, metavar="S",
+    add("--seed", type=whole_number(*SEED), default=0, metavar="S",
         help="fixes weights, order and augmentation (default: %(default)s)")
-    add("--runs", type=whole_number(1), default=1, metavar="K",
+    add("--runs", type=whole_number(1, 1000), default=1, metavar="K",
         help="train with K seeds, from --seed up, and print mean and deviation (default: 1)")
     add("--augmentation", choices=augmentation.KINDS, default="report",
         help="report: random crops and flips; none, crop or flip show what they are good for "
@@ -78,7 +86,7 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
         help="CIFAR-10 as archive, unpacked folder or Chainer's cache; 'synthetic' for "
         "the embedded stand-in (default: $CHAINER_DATASET_ROOT or ~/.chainer/dataset, "
         "downloaded when it is not there)")
-    add("--subset", type=whole_number(1), metavar="K",
+    add("--subset", type=whole_number(1, 1_000_000), metavar="K",
         help="train on the first K training images only")
     add("--validate", action="store_true",
         help="hold out 5,000 training images and evaluate on them; the test images are not touched")
@@ -94,13 +102,13 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
     add("--communicator", choices=parallel.COMMUNICATORS,
         help="train with all processes that mpirun has started, each with its share of the batch: "
         "naive on CPUs, flat or pure_nccl on GPUs (default: one process)")
-    add("--out", "-o", type=Path, default=Path("runs"), metavar="FOLDER",
+    add("--out", "-o", type=path, default=Path("runs"), metavar="FOLDER",
         help="folder for the run folders (default: %(default)s)")
-    add("--resume", "-r", type=Path, metavar="SNAPSHOT",
+    add("--resume", "-r", type=path, metavar="SNAPSHOT",
         help="go on from this snapshot (default: the newest in the run folder, if there is one)")
-    add("--snapshot-interval", type=number(0), default=60, metavar="SECONDS",
+    add("--snapshot-interval", type=number(*SECONDS), default=60, metavar="SECONDS",
         help="time between snapshots (default: %(default)s)")
-    add("--time-limit", type=number(0), default=float("inf"), metavar="SECONDS",
+    add("--time-limit", type=number(*SECONDS), default=float("inf"), metavar="SECONDS",
         help="stop with a snapshot after so long, as on SIGTERM (default: none)")
     # fmt: on
     return p
@@ -112,7 +120,7 @@ def add_schedule(p: Parser) -> Parser:
     p.add_argument("--schedule", choices=("he2015", "report100"), default="he2015",
         help="he2015: 64k iterations, rate divided by 10 at 32k and 48k; report100: "
         "100 epochs, divided at 40 and 80 (default: %(default)s)")
-    p.add_argument("--drops", type=number(0), nargs="+", metavar="EPOCH",
+    p.add_argument("--drops", type=number(0, EPOCHS[1]), nargs="+", metavar="EPOCH",
         help="with --epoch: divide the rate by 10 at these epochs "
         "(default: at 1/2 and 3/4 of the training, as he2015)")
     # fmt: on
@@ -129,6 +137,12 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--drops: needs --epoch; legal: --epoch E --drops EPOCH ...", USAGE)
     if args.shorten > 1 and args.epoch is not None:
         raise InputError("--shorten: found with --epoch, legal: one of them", USAGE)
+    if args.seed + args.runs - 1 > SEED[1]:
+        raise InputError(
+            f"--seed, --runs: found seeds {args.seed} to {args.seed + args.runs - 1}, "
+            f"legal: up to {SEED[1]}",
+            USAGE,
+        )
     if args.resume is not None and (args.n is None or len(args.n) > 1 or args.runs > 1):
         raise InputError(
             "--resume: one snapshot is of one network; legal: with one --n and one run", USAGE
@@ -197,7 +211,7 @@ def find_device(name: str | None, local: int = 0) -> chainer.backend.Device:
     if name in ("cpu", "-1", "@numpy"):
         return chainer.get_device("@numpy")
     index = name.removeprefix("@cupy:")
-    if index.isdigit() and int(index) < gpus:
+    if index.isascii() and index.isdigit() and len(index) < 4 and int(index) < gpus:
         return chainer.get_device(f"@cupy:{index}")
     legal = "cpu" + (f" or a GPU from 0 to {gpus - 1}" if gpus else "; no GPU was found here")
     raise InputError(f"--device: found '{name}', legal: {legal}", USAGE)

@@ -9,6 +9,7 @@ averaged before they are: for an evaluation or a snapshot.
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import time
 
@@ -105,8 +106,12 @@ def join(name: str | None) -> Processes:
     processes = Processes(communicator)
     if processes.size > 1:
         _share_fate(processes)
-    # Threads of each process, unless someone has said how many.
-    threads = max(1, record.cores() // communicator.intra_size)
+    # Threads of each process, unless someone has said how many: a launcher may bind each of them
+    # to cores of its own, several to the same ones, or none.
+    here = platform.node(), record.processors()
+    there = communicator.mpi_comm.allgather(here)
+    cores = set().union(*(cores for node, cores in there if node == here[0]))
+    threads = max(1, len(cores) // communicator.intra_size)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     return processes
 
@@ -121,6 +126,7 @@ def _share_fate(processes: Processes) -> None:
     def fail(message: str, code: int) -> None:
         if processes.rank > 0:
             time.sleep(2)  # what all have met, the first one says
+        sys.stdout.flush()
         print(message, file=sys.stderr, flush=True)
         MPI.COMM_WORLD.Abort(code)
 

@@ -18,7 +18,6 @@ What the report leaves open is settled as follows.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from chainer import training as chainer_training
 
 from resnet import extensions, files, schedule, training, weights
 from resnet.command import USAGE, InputError
-from resnet.network import BLOCKS, Network, layers, resnet
+from resnet.network import BLOCKS, GROUPS, Network, layers, resnet
 from resnet.training import Run, Setting
 
 ORDERS = {"top-down": BLOCKS, "bottom-up": BLOCKS[::-1]}
@@ -85,7 +84,15 @@ class PartialTraining(Run):
     def _train(self) -> None:
         training.read_starts(self.folder, self.identity)
         processes = self.setting.processes
-        if processes.agree(self.is_complete()):
+        complete = processes.agree(self.is_complete())
+        if processes.rank == 0:
+            for stage in self.stages:  # of those that are complete now, each log is read again
+                if stage.is_complete():
+                    stage.repair_log()
+            if complete:
+                self.repair_log()
+        processes.wait()
+        if complete:
             print(f"{self.folder}: already complete")
             self.report()
             return
@@ -101,17 +108,28 @@ class PartialTraining(Run):
             self.report()
 
     def is_complete(self) -> bool:
-        path = self.folder / "blocks.h5"
-        return path.exists() and weights.describe(path).groups == ("conv1", *BLOCKS, "fc")
+        found = training.saved_blocks(self.folder)
+        return found is not None and found.groups == GROUPS
+
+    def repair_log(self) -> None:
+        """Join the logs of the stages again where the whole one cannot be read."""
+        path, iterations = self.folder / "log", self.schedule.iterations
+        try:
+            extensions.check_log(files.read_json(path), self.evaluation, iterations)
+        except (ValueError, FileNotFoundError):
+            self.join()
 
     def join(self) -> None:
         """Write one log and one args.json from those of the stages."""
         entries, starts = [], []
         iterations = seconds = 0
         for stage in self.stages:
-            if not (stage.folder / "log").exists():
+            try:
+                log = files.read_json(stage.folder / "log")
+                extensions.check_log(log, self.evaluation)
+            except (FileNotFoundError, ValueError):
                 break
-            for entry in json.loads((stage.folder / "log").read_text()):
+            for entry in log:
                 iteration = iterations + entry["iteration"]
                 epoch = round(iteration * self.args.batchsize / self.size, 2)
                 entries.append(
@@ -126,8 +144,9 @@ class PartialTraining(Run):
             starts += training.read_starts(stage.folder, stage.identity)
             iterations += stage.schedule.iterations
             seconds = entries[-1]["elapsed_time"]
-        with files.whole(self.folder / "log") as temporary:
-            temporary.write_text(json.dumps(entries, indent=4))
+        if not entries:
+            raise InputError(f"{self.stages[0].folder / 'log'}: missing or damaged")
+        extensions.write_log(self.folder / "log", entries)
         training.write_record(self.folder, self.identity, starts)
 
 

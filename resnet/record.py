@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -14,7 +15,8 @@ import chainer
 import h5py
 import numpy as np
 
-from resnet import __version__
+from resnet import __version__, files
+from resnet.command import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("resnet", "experiments")  # whose files a run is made from
@@ -30,13 +32,15 @@ def command() -> str:
 
 
 def command_here() -> str:
-    """The command line of this process as it was typed, with its interpreter."""
-    return shlex.join(sys.orig_argv)
+    """The command line of this process, to be typed again in any shell of this computer."""
+    return shlex.join([sys.executable, *sys.orig_argv[1:]])
 
 
-def cores() -> int:
-    """Processors that this process may use; on macOS, which cannot say, all there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def processors() -> set[int]:
+    """Those that this process may use; on macOS, which cannot say, all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def device_name(device: chainer.backend.Device) -> str:
@@ -44,7 +48,7 @@ def device_name(device: chainer.backend.Device) -> str:
     if device.xp is not np:
         properties = device.xp.cuda.runtime.getDeviceProperties(device.device.id)
         return f"GPU {device.device.id}, {properties['name'].decode()}"
-    return f"CPU, {processor()}, {cores()} cores, {platform.machine()}"
+    return f"CPU, {processor()}, {len(processors())} cores, {platform.machine()}"
 
 
 def processor() -> str:
@@ -105,6 +109,31 @@ def git_state(root: Path = ROOT) -> dict | None:
     if new or len(diff) > LARGEST_DIFF:
         return {"commit": commit, "modified": True, "repeatable": False}
     return {"commit": commit, "modified": True, "diff": diff}
+
+
+def publish(run: Path, target: Path) -> None:
+    """Copy ``log`` and ``args.json`` of a run, without this computer's paths.
+
+    Raises:
+        InputError: They are not those of a run, or of one that not everybody can repeat.
+    """
+    try:
+        content = json.loads((run / "args.json").read_text())
+        log = (run / "log").read_text()
+        starts = content["starts"]
+        clean = all(start["git"] and start["git"]["modified"] is False for start in starts)
+        for start in starts:
+            words = shlex.split(start["command"])
+            words = [Path(word).name if Path(word).is_absolute() else word for word in words]
+            start |= {"command": shlex.join(words), "data": Path(start["data"]).name}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{run}: not the folder of a run ({error})") from None
+    if not clean:
+        raise InputError(f"{run}: not made from a clean checkout; legal: a run of a commit")
+    target.mkdir(parents=True, exist_ok=True)
+    files.write_json(target / "args.json", content)
+    with files.whole(target / "log") as temporary:
+        temporary.write_text(log)
 
 
 def describe_code(git: dict | None) -> str:

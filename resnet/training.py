@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 
 import chainer
 import numpy as np
 from chainer import training
-from chainer.training.extensions import LogReport
 
 from resnet import (
     augmentation,
@@ -30,7 +30,7 @@ from resnet import (
     schedule,
     weights,
 )
-from resnet.command import USAGE, InputError, clock
+from resnet.command import USAGE, InputError, clock, reason, unheard
 from resnet.network import ARCHITECTURES, DEPTHS, Network, layers
 from resnet.parallel import ALONE, Processes
 from resnet.updater import Images, Updater
@@ -156,12 +156,16 @@ class Run:
             )
         self.size = size
         self.train_x, self.train_y = self.dataset.train_x[:size], self.dataset.train_y[:size]
-        self.mean = cifar10.mean_image(self.train_x)
         self.schedule = self.choose_schedule()
         self.warm_up = args.warmup == "on" or (args.warmup == "auto" and n >= WARM_UP_FROM)
         self.folder = args.out / self.folder_name(architecture)
         self.stream = seed  # of order and augmentation
         self.request = setting.request
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        """Per-pixel mean of the training images, float32 (3, 32, 32), in units of 0..1."""
+        return cifar10.mean_image(self.train_x)
 
     def folder_name(self, what: str) -> str:
         """Name of the run folder of ``what``; see ``files.run_name``."""
@@ -226,6 +230,9 @@ class Run:
         starts = read_starts(self.folder, self.identity)
         if processes.agree(self.is_complete()):
             print(f"{self.folder}: already complete")
+            if processes.rank == 0:
+                self.repair_log()
+            processes.wait()
             self.report()
             return
         self.setting.device.use()
@@ -233,10 +240,14 @@ class Run:
         resumed = self._resume(trainer, snapshots)
         start = self._start(trainer.updater.iteration)
         self._print_header(trainer.updater, resumed, start["git"])
+        if resumed and (before := starts[-1:]) and before[0].get("device") != start["device"]:
+            print(f"NOTE: begun on {before[0].get('device')}: on another processor the last digits")
+            print("      of the log may differ from those of an uninterrupted run.\n", flush=True)
         before = [each["packages"] for each in starts if "packages" in each]
         if before[-1:] == [start["packages"]]:
             del start["packages"]  # as at the start before
         starts.append(start)
+        self.request.unsaved = snapshots.age
         if processes.rank == 0:
             write_record(self.folder, self.identity, starts)
         # A net that diverges is a result of the report: NaN is logged, not warned of.
@@ -247,9 +258,10 @@ class Run:
         # Before the first update there is nothing to keep, nor a velocity that could be saved.
         wrote = f"; wrote {snapshots.save(trainer)}" if iteration else ""
         if iteration < self.schedule.iterations:
-            print(f"stopped by {reason} after iteration {iteration}{wrote}")
             launcher = f"mpirun -np {processes.size} " if processes.size > 1 else ""
-            print(f"to go on: {launcher}{record.command_here()}", flush=True)
+            with unheard(sys.stdout):
+                print(f"stopped by {reason} after iteration {iteration}{wrote}")
+                print(f"to go on: {launcher}{record.command_here()}", flush=True)
             processes.wait()  # a launcher may end all when one has ended
             sys.exit(UNFINISHED)
         if processes.rank == 0:
@@ -288,26 +300,50 @@ class Run:
         self.extend(trainer)
         if self.setting.processes.rank == 0:
             # The JSON list that plots are made from.
-            log_report = LogReport(trigger=epoch_end)
-            trainer.extend(log_report)
+            log_report = extensions.Log(self.folder / "log", epoch_end)
+            trainer.extend(log_report, name="LogReport")  # as in snapshots
             # What a person watches.
             trainer.extend(extensions.Progress(log_report, self.evaluation, iterations))
         # All that a killed run needs to go on.
-        snapshots = extensions.Snapshots(self.folder, self.identity, args.snapshot_interval)
+        snapshots = self._snapshots()
         trainer.extend(snapshots, name="snapshots")
         return trainer, snapshots
 
+    def _snapshots(self) -> extensions.Snapshots:
+        return extensions.Snapshots(self.folder, self.identity, self.args.snapshot_interval)
+
     def is_complete(self) -> bool:
-        """Whether the run folder holds the blocks of the last iteration."""
-        path = self.folder / "blocks.h5"
-        return path.exists() and weights.describe(path).iteration >= self.schedule.iterations
+        """Whether the run folder holds the blocks of the last iteration, intact."""
+        found = saved_blocks(self.folder)
+        return found is not None and found.iteration >= self.schedule.iterations
+
+    def repair_log(self) -> None:
+        """Write the log of a complete run again, from a snapshot, where it cannot be read.
+
+        Raises:
+            InputError: No snapshot holds it.
+        """
+        path, iterations = self.folder / "log", self.schedule.iterations
+        try:
+            extensions.check_log(files.read_json(path), self.evaluation, iterations)
+        except (ValueError, FileNotFoundError) as error:
+            why = f"{path}: damaged ({reason(error)})"
+            found = self._snapshots().read_log(self.evaluation, iterations)
+            if found is None:
+                raise InputError(
+                    f"{why}, and no snapshot holds it; legal: remove {self.folder / 'blocks.h5'}, "
+                    "and the same command trains again"
+                ) from None
+            entries, snapshot = found
+            extensions.write_log(path, entries)
+            print(f"warning: {why}; written again from {snapshot}", file=sys.stderr)
 
     def result(self) -> tuple[dict, dict, bool]:
         """Of the log: last entry, entry of the best evaluation, and whether the loss diverged.
 
         Of partial training only the last stage counts: before it blocks are missing.
         """
-        log = json.loads((self.folder / "log").read_text())
+        log = files.read_json(self.folder / "log")
         whole = [entry for entry in log if entry.get("stage") == log[-1].get("stage")]
         best = max(whole, key=lambda entry: entry[f"{self.evaluation}/main/accuracy"])
         return log[-1], best, not all(math.isfinite(entry["main/loss"]) for entry in log)
@@ -416,8 +452,8 @@ def read_starts(folder: Path, identity: dict) -> list[dict]:
     """
     path = folder / "args.json"
     try:
-        content = json.loads(path.read_text())
-        found, starts = dict(content["run"]), list(content["starts"])
+        content = files.read_json(path)
+        found, starts = dict(content["run"]), list(map(dict, content["starts"]))
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError):
@@ -433,31 +469,38 @@ def write_record(folder: Path, identity: dict, starts: list[dict]) -> None:
     files.write_json(folder / "args.json", {"run": identity, "starts": starts})
 
 
+def saved_blocks(folder: Path) -> weights.Description | None:
+    """What the blocks.h5 of a run folder holds; None where it is missing, or damaged."""
+    path = folder / "blocks.h5"
+    try:
+        return weights.describe(path) if path.exists() else None
+    except InputError as error:
+        print(f"warning: {error}; it will be written again", file=sys.stderr)
+        return None
+
+
 @contextlib.contextmanager
 def only_writers(folder: Path, processes: Processes) -> Iterator[None]:
-    """Create ``folder`` and have the right to write into it, as ``files.only_writer`` says."""
+    """Create ``folder`` and have the right to write into it, as ``files.only_writer`` says.
+
+    Raises:
+        InputError: Another process has it, or the folder cannot be written to.
+    """
     if processes.rank > 0:
         processes.wait()
         yield
         return
-    make_folder(folder)
-    with files.only_writer(folder):
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # First the lock: who writes here already is what a second one has to be told.
+            held.enter_context(files.only_writer(folder))
+            with files.whole(folder / "writable") as temporary:  # before hours are spent
+                temporary.write_bytes(bytes(4096))
+            (folder / "writable").unlink()
+        except OSError as error:
+            raise InputError(
+                f"--out: cannot write to {folder} ({error.strerror}); legal: a writable folder"
+            ) from None
         processes.wait()
         yield
-
-
-def make_folder(folder: Path) -> None:
-    """Create the run folder and see that it can be written to, before hours are spent.
-
-    Raises:
-        InputError: It cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with files.whole(folder / "writable") as temporary:
-            temporary.write_bytes(bytes(4096))
-        (folder / "writable").unlink()
-    except OSError as error:
-        raise InputError(
-            f"--out: cannot write to {folder} ({error.strerror}); legal: a writable folder"
-        ) from None

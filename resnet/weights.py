@@ -1,23 +1,29 @@
 """Weights of each block to and from HDF5 (report, section II).
 
 A file has one group per group of Table I (conv1, conv2, conv3, conv4, fc), the per-pixel mean of
-the training images (``mean``), and attributes that say what the weights are.
+the training images (``mean``), and attributes that say what the weights are. Behind its end stands
+a digest, by which bits that rot are noticed; HDF5 itself has no checksum of most of them. A file of
+an older version, without one, is read if all else about it is right.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Collection
+import operator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import chainer
 import h5py
 import numpy as np
+from chainer.serializers import DictionarySerializer, NpzDeserializer
 
-from resnet import __version__, files
-from resnet.command import InputError
-from resnet.network import ARCHITECTURES, GROUPS, Network
+from resnet import __version__, arrays, files
+from resnet.arrays import Kind
+from resnet.command import InputError, reason
+from resnet.network import ARCHITECTURES, BLOCKS, GROUPS, Network
 
 IMAGE = (3, 32, 32)  # shape of an image of CIFAR-10
 ABOUT = {  # attributes for who has an HDF5 reader and nothing of ours; the README has them, too
@@ -68,11 +74,12 @@ def save(path: Path | str, network: Network, description: Description, mean: np.
     with h5py.File(content, "w") as file:
         for key, value in {**ABOUT, **asdict(description)}.items():
             file.attrs[key] = value
+        file.attrs["sealed"] = True
         file["mean"] = chainer.cuda.to_cpu(mean)
         for name in description.groups:
             chainer.serializers.HDF5Serializer(file.create_group(name)).save(network[name])
     with files.whole(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+        temporary.write_bytes(files.seal(content.getvalue()))
 
 
 def describe(path: Path | str) -> Description:
@@ -82,35 +89,16 @@ def describe(path: Path | str) -> Description:
         InputError: The file is missing, damaged or none of ours.
     """
     with _open(path) as file:
-        attributes = dict(file.attrs)
-    try:
-        return Description(
-            architecture=str(attributes["architecture"]),
-            n=int(attributes["n"]),
-            dataset=str(attributes["dataset"]),
-            classes=tuple(map(str, attributes["classes"])),
-            seed=int(attributes["seed"]),
-            epoch=int(attributes["epoch"]),
-            iteration=int(attributes["iteration"]),
-            groups=tuple(map(str, attributes["groups"])),
-            version=str(attributes["version"]),
-        )
-    except KeyError as error:
-        raise InputError(
-            f"{path}: an HDF5 file without the attribute {error}; legal: blocks.h5 of a run"
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: an HDF5 file with a foreign attribute ({error}); legal: blocks.h5 of a run"
-        ) from None
+        return _describe(file)
 
 
 def read_mean(path: Path | str) -> np.ndarray:
     """The per-pixel mean that the network of ``path`` was trained with, float32 (3, 32, 32)."""
     with _open(path) as file:
-        if "mean" not in file or file["mean"].shape != IMAGE:
-            raise InputError(f"{path}: holds no per-pixel mean {IMAGE}; legal: blocks.h5 of a run")
-        return file["mean"][()]
+        mean = _array(file, "mean", Kind("float32", IMAGE))
+        if not ((mean >= 0) & (mean <= 1)).all():
+            raise ValueError(f"mean: found {mean.min():g}..{mean.max():g}, legal: 0..1")
+        return mean
 
 
 def load(
@@ -127,43 +115,131 @@ def load(
     Raises:
         InputError: The file is missing or damaged, or holds another architecture or depth.
     """
-    found = describe(path)
-    if (found.architecture, found.n) != (architecture, network.n):
-        raise InputError(
-            f"{path}: holds {found.architecture} with n = {found.n}; "
-            f"legal here: {architecture} with n = {network.n}"
-        )
-    groups = network.groups if groups is None else groups
-    if missing := sorted(set(groups) - set(found.groups)):
-        raise InputError(
-            f"{path}: holds {', '.join(found.groups)} of the network, and no {', '.join(missing)}"
-        )
     with _open(path) as file:
-        try:
-            for name in groups:
-                chainer.serializers.HDF5Deserializer(file[name]).load(network[name])
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            raise InputError(f"{path}: damaged, cannot read {name}: {error}") from None
+        found = _describe(file)
+        if (found.architecture, found.n) != (architecture, network.n):
+            raise InputError(
+                f"{path}: holds {found.architecture} with n = {found.n}; "
+                f"legal here: {architecture} with n = {network.n}"
+            )
+        groups = network.groups if groups is None else groups
+        if missing := sorted(set(groups) - set(found.groups)):
+            raise InputError(
+                f"{path}: holds {', '.join(found.groups)} of the network, "
+                f"and no {', '.join(missing)}"
+            )
+        wanted = DictionarySerializer()
+        for name in groups:
+            wanted[name].save(network[name])
+        # All of them before the first is changed.
+        found = {name: _array(file, name, Kind.of(like)) for name, like in wanted.target.items()}
+        arrays.check_values(found)
+    for name in groups:
+        NpzDeserializer(found, f"{name}/").load(network[name])
 
 
 def restore(path: Path | str) -> tuple[Network, Description]:
     """Build the network that ``path`` describes and load its weights."""
     description = describe(path)
-    if description.architecture not in ARCHITECTURES:
-        raise InputError(
-            f"{path}: unknown architecture '{description.architecture}'; "
-            f"legal: {', '.join(ARCHITECTURES)}"
-        )
     network = ARCHITECTURES[description.architecture](description.n, present=description.groups)
     load(path, network, description.architecture)
     return network, description
 
 
-def _open(path: Path | str) -> h5py.File:
+@contextlib.contextmanager
+def _open(path: Path | str) -> Iterator[h5py.File]:
+    """The HDF5 file; whatever is found to be wrong with it becomes an ``InputError``."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; legal: blocks.h5 of a run")
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"{path}: not a readable HDF5 file ({error})") from None
+        content, sealed = files.read_sealed(path)
+        with h5py.File(io.BytesIO(content), "r") as file:
+            if bool(file.attrs.get("sealed", False)) != sealed:
+                raise ValueError("changed since it was saved: its sha256 is missing")
+            yield file
+    except InputError:
+        raise
+    except Exception as error:  # of a damaged file HDF5 and h5py can raise anything
+        raise InputError(
+            f"{path}: damaged, or no file of ours: {reason(error)}; legal: blocks.h5 of a run"
+        ) from None
+
+
+def _whole(least: int):
+    def read(value) -> int:
+        if (number := operator.index(value)) < least:
+            raise ValueError(f"legal: a whole number from {least} up")
+        return number
+
+    return read
+
+
+def _text(value) -> str:
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError("legal: a line of text")
+    return value
+
+
+def _one_of(legal: Collection[str]):
+    def read(value) -> str:
+        if value not in legal:
+            raise ValueError(f"legal: {', '.join(legal)}")
+        return value
+
+    return read
+
+
+def _each(read):
+    return lambda values: tuple(map(read, values))
+
+
+ATTRIBUTES = {
+    "architecture": _one_of(ARCHITECTURES),
+    "n": _whole(1),
+    "dataset": _text,
+    "classes": _each(_text),
+    "seed": _whole(0),
+    "epoch": _whole(0),
+    "iteration": _whole(0),
+    "groups": _each(_one_of(GROUPS)),
+    "version": _text,
+}  # of Description: how it is read, with a ValueError that says what is legal
+
+
+def _describe(file: h5py.File) -> Description:
+    found = {}
+    for name, read in ATTRIBUTES.items():
+        if name not in file.attrs:
+            raise ValueError(f"without the attribute '{name}'")
+        value = file.attrs[name]
+        try:
+            found[name] = read(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a foreign attribute {name}: found '{value}', {error}") from None
+    # Before a network of n modules is built: so many are there.
+    for name in set(found["groups"]) & set(BLOCKS):
+        if len(_own(file, name)) != found["n"]:
+            raise ValueError(f"n = {found['n']}, but cannot read {name} with so many modules")
+    return Description(**found)
+
+
+def _own(file: h5py.File, name: str):
+    """The group or array ``name`` that lies in the file itself; links could lead to any other."""
+    item = file
+    for part in name.split("/"):
+        if not isinstance(item, h5py.Group) or not isinstance(
+            item.get(part, getlink=True), h5py.HardLink
+        ):
+            raise ValueError(f"cannot read {name}, it is not there")
+        item = item[part]
+    return item
+
+
+def _array(file: h5py.File, name: str, kind: Kind) -> np.ndarray:
+    """The array ``name`` of that kind, which lies in the file itself."""
+    item = _own(file, name)
+    if not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
+        raise ValueError(f"cannot read {name}, it is no array of this file")
+    arrays.compare({name: Kind.of(item)}, {name: kind})
+    return np.asarray(item[()])

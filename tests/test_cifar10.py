@@ -8,6 +8,7 @@ import pickle
 import struct
 import tarfile
 import threading
+import time
 import warnings
 from multiprocessing import get_context
 
@@ -134,6 +135,30 @@ def test_files_with_text_keys(tmp_path):
     assert_same_images(cifar10.load(str(write(tmp_path, content))))
 
 
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("keys", [bytes, str])
+def test_files_of_every_protocol_of_python_3(tmp_path, protocol, keys):
+    content = {}
+    for seed, name in enumerate(NAMES):
+        record = {key if keys is bytes else key.decode(): x for key, x in batch(seed).items()}
+        record[keys(b"filenames") if keys is bytes else "filenames"] = [b"a.png"] * 20
+        content[name] = pickle.dumps(record, protocol=protocol)
+    assert_same_images(cifar10.load(str(write(tmp_path, content))))
+
+
+def test_files_as_python_2_wrote_them_in_its_text_protocol(tmp_path):
+    def string(text):
+        return b"S" + repr(text)[1:].encode() + b"\n"
+
+    content = {}
+    for seed, name in enumerate(NAMES):
+        x = batch(seed)[b"data"].tobytes()
+        binary = b"T" + struct.pack("<i", len(x)) + x
+        content[name] = python2_pickle(batch(seed)).replace(binary, string(x))
+        assert content[name] != python2_pickle(batch(seed))
+    assert_same_images(cifar10.load(str(write(tmp_path, content))))
+
+
 def test_archive_under_any_name_and_the_folder_that_holds_it(tmp_path, archive):
     dataset = cifar10.load(str(archive))
     assert_same_images(dataset)
@@ -232,6 +257,18 @@ def test_real_copy_is_recognized():
 
 
 # What may be wrong with it
+
+
+def test_a_copy_that_is_not_all_of_it_is_said_to_be_so(tmp_path, capsys, monkeypatch):
+    cifar10.load(str(write(tmp_path)))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"warning: {tmp_path}: not all of CIFAR-10: found 100 training and 20 test images, "
+        "CIFAR-10 has 50,000 and 10,000"
+    )
+    monkeypatch.setattr(cifar10, "COUNTS", (100, 20))
+    cifar10.load(str(tmp_path))
+    assert not capsys.readouterr().err
 
 
 def test_nothing_there(tmp_path):
@@ -359,10 +396,38 @@ def test_a_pickle_cannot_run_anything(tmp_path, call):
         b"cnumpy\nndarray\n)R.",
         b"(" * 10000 + b"t" * 10000 + b".",
         b"P1\n.",
+        # State that NumPy takes for its own: it crashes at an address that the file chooses.
+        b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI63\ntb.",
+        b"cnumpy\ndtype\n(S'V8'\nI0\nI1\ntR(I3\nS'|'\nN(S'a'\nt}S'a'\n(I7\nI7\ntsI9\nI1\nI1\ntb.",
+        b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI63\ntb.",
+        b"(S'data'\n" + b"cnumpy\ndtype\n(S'u1'\ntR(I3\nS'|'\nNNNI-1\nI-1\nI63\ntb" + b"d.",
+        b"r\xff\xff\xff\x7f.",  # a memo of 16 GiB
+        b"Nr\xff\xff\xff\x7f.",
+        b"\x8e" + b"\xff" * 7 + b"\x0f.",  # an endless text
+        b"(lp0\n" + b"(g0\ng0\nlp0\n" * 60 + b".",  # lists in lists, 2**60 in all
+        b"}((tp0\n" + b"0(g0\ng0\ntp0\n" * 60 + b"Nsd.",
+        b"})" + b"q\x00h\x00\x86" * 60 + b"Ns.",  # a key that is hashed for 2**60 steps
+        b"cbuiltins\ngetattr\n.",
+        b"\x80\x02}U\x04dataL" + b"9" * 10_000 + b"L\ns.",
     ],
 )
 def test_odd_calls_of_what_is_allowed(tmp_path, content):
     refusal(write(tmp_path, {"data_batch_1": content}), tmp_path / "data_batch_1")
+
+
+def test_labels_in_endless_lists_are_refused(tmp_path):
+    labels = []
+    for _ in range(60):
+        labels = [labels, labels]
+    content = pickle.dumps(batch(0) | {b"labels": labels}, protocol=4)
+    refusal(write(tmp_path, {"data_batch_1": content}), "data_batch_1", "whole numbers")
+
+
+@pytest.mark.parametrize("name", ["data_batch_1", "cifar10.npz"])
+def test_pipes_are_not_waited_for(tmp_path, name):
+    write(tmp_path, {"data_batch_1": None})
+    os.mkfifo(tmp_path / name)
+    refusal(tmp_path if name == "data_batch_1" else tmp_path / name, name)
 
 
 def test_damaged_array_cache(tmp_path):
@@ -462,7 +527,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         stop = server.breaks_at or len(content)
         with contextlib.suppress(ConnectionError):
-            self.wfile.write(content[start:stop])
+            for begin in range(start, stop, server.piece or stop):
+                self.wfile.write(content[begin : min(stop, begin + (server.piece or stop))])
+                time.sleep(0.05 if server.piece else 0)
 
     def log_message(self, *_):
         pass
@@ -473,6 +540,7 @@ def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.content, server.asked, server.status = CONTENT, [], 200
         server.ranges, server.length, server.breaks_at = True, True, None
+        server.piece = None  # bytes that come at once, twenty times a second
         server.url = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
@@ -584,6 +652,17 @@ def test_interrupted_connection_keeps_the_part(server, path, length):
     fetch(path, server.url)
     assert_whole(path)
     assert server.asked == [None, "bytes=100000-"]
+
+
+def test_a_download_that_drips_ends_and_goes_on_from_there(server, path, monkeypatch):
+    server.piece = 100
+    monkeypatch.setattr(cifar10, "DEADLINE", 0.3)
+    with pytest.raises(InputError, match=r"it took longer than 0.3 s; [1-9],?\d* bytes are kept"):
+        fetch(path, server.url)
+    server.piece = None
+    fetch(path, server.url)
+    assert_whole(path)
+    assert server.asked[1].startswith("bytes=")
 
 
 def test_no_network_and_error_pages(server, path):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,10 +27,10 @@ WHOLE = {
 
 
 def bash(job, **environment):
-    """Run a job script without a batch system."""
+    """Run a job script, by its name or path, without a batch system."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PBS_", "SLURM_"))}
     return subprocess.run(
-        ["bash", f"jobs/{job}.pbs"], cwd=ROOT, env={**clean, **environment},
+        ["bash", job if "/" in job else f"jobs/{job}.pbs"], cwd=ROOT, env={**clean, **environment},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
@@ -97,9 +98,15 @@ TORQUE = """Job Id: 12.bw
     Account_Name = jq0
     Resource_List.nodect = 1
     Resource_List.nodes = 1:ppn=16:xk
+    Resource_List.neednodes = 1:ppn=16:xk
+    Resource_List.mem = 60gb
+    Resource_List.pmem = 4gb
     Resource_List.walltime = 12:00:00
-    Variable_List = PBS_O_QUEUE=normal,PBS_O_HOME=/u/student,
-\tPBS_O_WORKDIR=/u/student/resnet
+    group_list = vision
+    Priority = -5
+    Variable_List = PBS_O_QUEUE=entry,PBS_O_HOME=/u/student,
+\tCHAINER_DATASET_ROOT=/scratch/a\\,b = c,HALF=said,
+\tPATH=/bin,PBS_O_WORKDIR=/u/student/resnet
 """
 PBS_PRO = """Job Id: 12.pbs
     Job_Name = resnet56
@@ -111,6 +118,8 @@ PBS_PRO = """Job Id: 12.pbs
 \te:model=h100
     Resource_List.walltime = 12:00:00
     Account_Name = physics
+    Priority = 0
+    project = _pbs_project_default
 """
 
 
@@ -124,17 +133,19 @@ def batch_system(tmp_path):
         path.chmod(0o755)
         return str(path)
 
-    def run(qstat, **environment):
+    def run(qstat, job="resnet56", qsub="echo 13.pbs", **environment):
         (tmp_path / "qstat.txt").write_text(qstat)
         program("qstat", f"cat {tmp_path}/qstat.txt")
-        program("qsub", f'echo "$@" >{tmp_path}/asked; echo 13.pbs')
+        program("qsub", f'echo "$@" >{tmp_path}/asked; {qsub}')
         # Whatever is imported or checked is there; each training stops before its end.
         python = program("python", 'case $1 in -c | -m) ;; *) echo "python $*"; exit 75 ;; esac')
         done = bash(
-            "resnet56", PBS_JOBID="12.pbs", PYTHON=python, OUT=str(tmp_path),
+            job, PBS_JOBID="12.pbs", PYTHON=python, OUT=str(tmp_path),
             PBS_O_PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **environment,
         )  # fmt: skip
-        assert done.returncode == 0 and "goes on as job 13.pbs" in done.stdout, done.stdout
+        if done.returncode != 0:
+            return done
+        assert "goes on as job 13.pbs" in done.stdout, done.stdout
         *options, file = (tmp_path / "asked").read_text().split()
         return done.stdout, options, file
 
@@ -145,12 +156,19 @@ def batch_system(tmp_path):
     ("qstat", "environment", "options"),
     [
         (TORQUE, {"PBS_WALLTIME": "43200"},
-         "-q normal -A jq0 -l walltime=12:00:00,nodes=1:ppn=16:xk"),
+         "-q normal -N resnet56 -A jq0 -p -5 -W group_list=vision "
+         "-l walltime=12:00:00,nodes=1:ppn=16:xk,mem=60gb,pmem=4gb"),
+        (TORQUE, {"PBS_WALLTIME": "43200", "PBS_O_QUEUE": "entry"},
+         "-q entry -N resnet56 -A jq0 -p -5 -W group_list=vision "
+         "-l walltime=12:00:00,nodes=1:ppn=16:xk,mem=60gb,pmem=4gb"),
         (PBS_PRO, {},
-         "-q workq -A physics -l walltime=12:00:00,select="
-         "1:ncpus=16:mpiprocs=16:ngpus=1:mem=64gb:scratch=true:model=h100"),
+         "-q workq -N resnet56 -A physics -p 0 -l walltime=12:00:00,select="
+         "1:ncpus=16:mpiprocs=16:ngpus=1:mem=64gb:scratch=true:model=h100,place=scatter"),
+        (PBS_PRO.replace("_pbs_project_default", "thesis"), {},
+         "-q workq -N resnet56 -A physics -p 0 -P thesis -l walltime=12:00:00,select="
+         "1:ncpus=16:mpiprocs=16:ngpus=1:mem=64gb:scratch=true:model=h100,place=scatter"),
     ],
-    ids=["Torque", "PBS Pro"],
+    ids=["Torque", "Torque with a routing queue", "PBS Pro", "PBS Pro with a project"],
 )  # fmt: skip
 def test_a_continuation_asks_for_the_same_resources(batch_system, qstat, environment, options):
     said, found, file = batch_system(qstat, **environment)
@@ -165,6 +183,90 @@ def test_options_of_ones_own_for_a_continuation(batch_system):
     _, found, file = batch_system(PBS_PRO, QSUB="-q gpu")
     assert found == ["-q", "gpu"]
     assert "#PBS -l nodes=1:ppn=16" in Path(file).read_text().splitlines()
+
+
+def test_continuations_are_given_the_environment_of_the_first_job(batch_system):
+    given = {"CHAINER_DATASET_ROOT": "/scratch/a,b = c", "DATA": "a b", "HALF": "it's"}
+    _, _, file = batch_system(TORQUE, **given, PBS_WALLTIME="43200")
+    path, again = os.environ["PATH"], TORQUE[: TORQUE.index("CHAINER")]
+    for _ in range(2):  # and on from continuation to continuation, of which qsub was told nothing
+        text = Path(file).read_text()
+        head = text[: text.index("\ncd ")]
+        names = ("CHAINER_DATASET_ROOT", "DATA", "HALF", "CONTINUE")
+        check = head + "".join(f'\necho "${name}"' for name in names)
+        env = {"PATH": path}
+        found = subprocess.run(["bash", "-c", check], env=env, capture_output=True, text=True)
+        *values, left = found.stdout.splitlines()
+        assert values == list(given.values()) and "export PATH" not in head
+        _, _, file = batch_system(again, file, PBS_WALLTIME="43200")
+    assert left == "98"
+
+
+def test_a_refused_continuation_tells_why(batch_system):
+    done = batch_system(TORQUE, qsub="echo qsub: queue is closed >&2; exit 1")
+    assert done.returncode == 75
+    assert "no continuation: qsub: queue is closed; to go on: qsub jobs/resnet56.pbs" in done.stdout
+
+
+def test_a_job_that_is_queued_from_another_folder_says_so(tmp_path):
+    done = bash("resnet20", PBS_O_WORKDIR=str(tmp_path))
+    assert done.returncode == 1 and done.stderr == ""
+    assert done.stdout == f"error: {tmp_path} is not the project's folder; qsub there\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"NCPUS": "8", "OMP_NUM_THREADS": "8"}, "4"),  # OpenPBS's, for each of two
+        ({"NCPUS": "8", "OMP_NUM_THREADS": "3"}, "3"),  # somebody's choice
+        ({}, ""),  # the project's own
+    ],
+)
+def test_processes_share_the_processors_of_a_job(tmp_path, environment, threads):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "threads: $OMP_NUM_THREADS"\n')
+    python.chmod(0o755)
+    environment = {"OMP_NUM_THREADS": "", **environment}
+    done = bash("resnet20", PYTHON=str(python), PROCESSES="2", LAUNCHER="env", **environment)
+    assert done.stdout.splitlines()[-1] == f"threads: {threads}"
+
+
+def test_whatever_ends_the_script_the_training_is_asked_to_stop(tmp_path):
+    if not shutil.which("setpriv"):
+        pytest.skip("no setpriv: part of util-linux")
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\ncase $1 in -c | -m) exit ;; esac\n"
+        f"trap 'echo asked >>{tmp_path}/said; exit 75' USR1\n"
+        f"echo $$ >{tmp_path}/began; while :; do sleep 0.1; done\n"
+    )
+    python.chmod(0o755)
+    job = subprocess.Popen(
+        ["bash", "jobs/resnet20.pbs"], cwd=ROOT, env={**os.environ, "PYTHON": str(python)},
+        start_new_session=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for((tmp_path / "began").exists, 30)
+    os.killpg(job.pid, signal.SIGKILL)  # as a mom that waits for nothing
+    job.wait()
+    wait_for((tmp_path / "said").exists, 10)
+
+
+def test_a_stopped_job_is_no_error_whatever_status_its_launcher_has(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\ncase $1 in -c | -m) exit ;; esac\n"
+        f"trap 'exit 1' USR1; echo >{tmp_path}/began; while :; do sleep 0.1; done\n"
+    )
+    python.chmod(0o755)
+    job = subprocess.Popen(
+        ["bash", "jobs/resnet20.pbs"], cwd=ROOT, env={**os.environ, "PYTHON": str(python)},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for((tmp_path / "began").exists, 30)
+    job.terminate()
+    said, _ = job.communicate(timeout=30)
+    assert job.returncode == 75 and "error:" not in said
+    assert "stopped by a signal; to go on: bash jobs/resnet20.pbs" in said
 
 
 # Under Slurm

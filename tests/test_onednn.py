@@ -1,5 +1,6 @@
 """The CPU backend: threads, forks, gradients of gradients, and machines that cannot run it."""
 
+import functools
 import os
 
 import chainer
@@ -19,15 +20,24 @@ import numpy as np
 from resnet import functions, network
 from test_onednn import train
 
-functions.use("onednn")
+functions.use()
 print(hashlib.sha256(train(network.resnet(1), steps=5).tobytes()).hexdigest())
 """
 
 
 @pytest.fixture(autouse=True)
-def onednn_computes(monkeypatch):
+def put_back(monkeypatch):
     monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
-    functions.use("onednn")
+    functions.use()
+
+
+@pytest.fixture(params=["onednn", "winograd"])
+def name(request):
+    """Of the backend that computes."""
+    if not onednn.available(by_tiles=request.param == "winograd")[0]:
+        pytest.skip("this processor has no AVX2")
+    functions.use(request.param)
+    return request.param
 
 
 def train(net, steps, batchsize=32, rate=0.1):
@@ -64,11 +74,11 @@ def test_omp_num_threads_is_respected(threads):
         pytest.skip("this machine has one processor")
     code = STEPS + (
         "import os, numba\n"
-        "print(numba.get_num_threads(), functions.use('onednn'))\n"
+        "print(numba.get_num_threads(), functions.use())\n"
         "print(len(os.listdir('/proc/self/task')))"
     )
     *_, backend, tasks = child(code, OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS="1").split("\n")
-    assert backend.startswith(f"{threads} onednn") and f"{threads} threads" in backend
+    assert backend.startswith(f"{threads} ") and f"{threads} threads" in backend
     assert int(tasks) == int(threads)  # one pool of workers, oneDNN's and Numba's
 
 
@@ -94,33 +104,39 @@ def test_a_forked_process_computes_with_chainers_functions_and_says_so():
     assert line.startswith("True chainer (") and "does not survive a fork" in line
 
 
-def test_training_follows_double_precision_as_closely_as_chainers_own_functions():
-    """Over 20 steps; beyond, rounding errors grow exponentially whatever computes."""
-    exact = network.resnet(2)
-    for parameter in exact.params():
-        parameter.array = parameter.array.astype(np.float64)
-    for link in exact.links():
-        if isinstance(link, L.BatchNormalization):
-            link.avg_mean = link.avg_mean.astype(np.float64)
-            link.avg_var = link.avg_var.astype(np.float64)
+@functools.cache
+def chainers_losses(n, steps, double=False, **choices):
+    """Of a training by Chainer's own functions, in double precision if wanted."""
     functions.use("chainer")
-    reference = train(exact, 20, rate=0.01)
-    stock = abs(train(network.resnet(2), 20, rate=0.01) / reference - 1)
-    functions.use("onednn")
-    ours = abs(train(network.resnet(2), 20, rate=0.01) / reference - 1)
+    net = network.resnet(n)
+    if double:
+        for parameter in net.params():
+            parameter.array = parameter.array.astype(np.float64)
+        for link in net.links():
+            if isinstance(link, L.BatchNormalization):
+                link.avg_mean = link.avg_mean.astype(np.float64)
+                link.avg_var = link.avg_var.astype(np.float64)
+    return train(net, steps, **choices)
+
+
+def test_training_follows_double_precision_as_closely_as_chainers_own_functions(name):
+    """Over 20 steps; beyond, rounding errors grow exponentially whatever computes."""
+    ours = train(network.resnet(2), 20, rate=0.01)
+    reference = chainers_losses(2, 20, double=True, rate=0.01)
+    stock = abs(chainers_losses(2, 20, rate=0.01) / reference - 1)
+    ours = abs(ours / reference - 1)
     assert ours[0] < 1e-6
     assert ours.mean() < 5 * stock.mean() < 0.01
 
 
-def test_200_steps_reach_the_loss_of_chainers_own_functions():
+def test_200_steps_reach_the_loss_of_chainers_own_functions(name):
     ours = train(network.resnet(1), 200, batchsize=16)
-    functions.use("chainer")
-    stock = train(network.resnet(1), 200, batchsize=16)
+    stock = chainers_losses(1, 200, batchsize=16)
     assert stock[-40:].mean() < 0.3 * stock[:4].mean()
     assert ours[-40:].mean() < 0.3 * ours[:4].mean()
 
 
-def test_gradients_of_gradients_are_chainers():
+def test_gradients_of_gradients_are_chainers(name):
     net = network.resnet(1)
     x = synthetic.make(8, 10)[0].astype("f") / 255
     weight = net.conv3[0].conv1.W
@@ -188,8 +204,9 @@ def test_what_it_is_not_made_for_goes_to_chainers_own_functions():
     np.testing.assert_array_equal(y.array, chainer.functions.relu(bn(h)).array)
 
 
+@pytest.mark.parametrize("name", ["onednn", "winograd"])
 @pytest.mark.parametrize("missing", ["library", "numba"])
-def test_without_its_libraries_one_line_says_so(monkeypatch, missing):
+def test_without_its_libraries_one_line_says_so(monkeypatch, missing, name):
     if missing == "library":
 
         def absent():
@@ -201,4 +218,4 @@ def test_without_its_libraries_one_line_says_so(monkeypatch, missing):
     line = functions.use("auto")
     assert line.startswith("chainer (") and "pip install" in line and "\n" not in line
     with pytest.raises(ValueError, match="pip install"):
-        functions.use("onednn")
+        functions.use(name)

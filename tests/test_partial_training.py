@@ -137,6 +137,16 @@ def test_the_folder_joins_the_stages(finished):
     assert all((whole[name] == value).all() for name, value in last.items())
 
 
+@pytest.mark.parametrize("where", ["stage1/log", "stage3/log", "log"])
+def test_damaged_logs_of_a_complete_training_are_written_again(finished, capsys, where):
+    paths = [finished.folder / name for name in ("log", "stage1/log", "stage3/log")]
+    before = [path.read_bytes() for path in paths]
+    (finished.folder / where).write_bytes(b"[")
+    finished.train()
+    assert [path.read_bytes() for path in paths] == before
+    assert "already complete" in capsys.readouterr().out
+
+
 def test_distances_of_the_present_blocks_are_logged(finished):
     log = json.loads((finished.folder / "log").read_text())
     *_, new = finished.stages[1].present

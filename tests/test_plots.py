@@ -1,11 +1,13 @@
 """Tables, pictures and the page, from the fixed logs in tests/data."""
 
 import csv
+import errno
 import io
 import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -21,7 +23,7 @@ from matplotlib.colors import to_hex
 
 sys.path.insert(0, str(ROOT))
 
-from plots import conditions, curves, figures, logs, reference, report, results, tables
+from plots import claims, conditions, curves, figures, logs, reference, report, results, tables
 from plots.runs import COMPLETE, DIVERGED, UNFINISHED
 from resnet.command import InputError
 
@@ -214,6 +216,114 @@ def test_nothing_to_read_is_a_user_error(tmp_path):
         logs.read([tmp_path])
 
 
+NAN, INFINITE, HUGE = math.nan, math.inf, 10**400
+DEEP = [[]]
+for _ in range(500):
+    DEEP = [DEEP]
+
+
+def hostile(folder, entry=None, identity=None, starts=None, count=None):
+    """A copy of a run with these values in each entry of its log, its identity and its starts."""
+    copy_run("resnet-20-seed0", folder / "r$un", **(identity or {}))
+    log, record = folder / "r$un/log", folder / "r$un/args.json"
+    entries = [{**each, **(entry or {})} for each in json.loads(log.read_text())]
+    log.write_text(json.dumps(entries[:count]))
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps({**content, "starts": starts or content["starts"]}))
+    return folder
+
+
+def draw_all(folder):
+    """Make everything that can be made from the runs in ``folder``."""
+    found = logs.read([folder])
+    curves.save(curves.draw(found, conditions.labels(found)), folder / "curves.png")
+    for picture in figures.PICTURES:
+        list(figures.draw(picture, found))
+    tables.markdown(found)
+    tables.comma_separated(found)
+    report.page(found).encode(errors="backslashreplace")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"entry": {"main/loss": NAN}},
+        {"entry": {"main/loss": NAN}, "count": 1},
+        {"entry": {"main/loss": INFINITE}},
+        {"entry": {"main/loss": 0}},
+        {"entry": {"test/main/accuracy": 1}},
+        {"entry": {"deep": DEEP}},
+        {"identity": {"data": "$\\frac{\ud800$"}},
+        {"identity": {"data": "a\nb\x00"}},
+        {"identity": {"architecture": "$x^$"}},
+        {"starts": [{"device": DEEP, "git": {"commit": DEEP}, "versions": {"a": DEEP}}]},
+    ],
+    ids=str,
+)
+def test_odd_logs_are_shown(tmp_path, values, monkeypatch):
+    """A loss that is no number from the first epoch on is a result, too."""
+    draw_all(hostile(tmp_path, **values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"entry": {"main/loss": HUGE}},
+        {"entry": {"main/loss": "2"}},
+        *({"entry": {"test/main/accuracy": value}} for value in (NAN, 2, -1, HUGE)),
+        *({"entry": {"elapsed_time": value}} for value in (NAN, [1], HUGE, -1, "1", None)),
+        *({"entry": {key: NAN}} for key in ("epoch", "iteration")),
+        {"entry": {"lr": "x"}},
+        {"entry": {"stage": [1]}},
+        {"identity": {"n": HUGE}},
+        {"identity": {"n": True}},
+        {"identity": {"seed": NAN}},
+        {"identity": {"extra": DEEP}},
+        {"identity": {"schedule": {"name": "x", "iterations": HUGE, "drops": []}}},
+        {"identity": {"schedule": {"name": "x", "iterations": 9, "drops": [NAN]}}},
+        {"starts": [7]},
+    ],
+    ids=lambda values: str(values)[:60],
+)
+def test_impossible_values_in_a_log_are_named_and_left_out(tmp_path, capsys, values):
+    with pytest.raises(InputError, match="no log that can be read"):
+        logs.read([hostile(tmp_path, **values)])
+    said = capsys.readouterr().err
+    assert said.startswith("skipped ") and said.count("\n") == 1
+
+
+def test_a_log_nested_beyond_all_measure_or_none_of_a_file_is_left_out(tmp_path, capsys):
+    for name, content in (("deep", b"[" * 10**6), ("digits", b"[" + b"9" * 10**5 + b"]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log").write_bytes(content)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "log")
+    with pytest.raises(InputError):
+        logs.read([tmp_path])
+    assert capsys.readouterr().err.count("skipped") == 3
+
+
+def test_dollars_in_names_are_no_mathematics(tmp_path):
+    found = logs.read([hostile(tmp_path, identity={"data": "$x^2$ of $y"})])
+    figure = curves.draw(found, ["$x^2$ of $y"], "$title$")
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown[0] == r"\$x^2\$ of \$y" and figure.get_suptitle() == r"\$title\$"
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf"])
+def test_a_picture_that_the_disk_refuses_says_why_and_leaves_nothing(tmp_path, groups, kind):
+    figure = curves.draw(groups[:1], ["one"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            curves.save(figure, tmp_path / f"curves.{kind}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
+
+
 # Tables
 
 
@@ -381,9 +491,9 @@ def test_the_report_s_figures(groups):
 
 def test_other_data_comes_into_another_picture(tmp_path):
     copy_run("resnet-32-seed0", tmp_path / "a")
-    copy_run("resnet-32-seed0", tmp_path / "b", data="JPEG copy of CIFAR-10")
+    copy_run("resnet-32-seed0", tmp_path / "b", data="another copy")
     drawn = list(figures.draw(figures.PICTURES[1], logs.read([tmp_path])))
-    assert [name for name, _, _ in drawn] == ["fig5-cifar-10", "fig5-jpeg-copy-of-cifar-10"]
+    assert [name for name, _, _ in drawn] == ["fig5-cifar-10", "fig5-another-copy"]
     assert all(len(lines_of(figure.axes[0])) == 1 for _, _, figure in drawn)
 
 
@@ -402,7 +512,7 @@ def test_neighbouring_lines_differ_in_colour_and_style(tmp_path):
 class Reader(HTMLParser):
     """Follows the tags; unbalanced ones and references are kept."""
 
-    EMPTY = ("meta", "img")
+    EMPTY = ("meta", "img", "br")
 
     def __init__(self):
         super().__init__()
@@ -445,6 +555,10 @@ def test_page_is_whole_and_needs_nothing_else(groups):
         "diverged: 10.00 (1 run)",
     ):
         assert wanted in text
+    # What the runs say about the report's claims comes first.
+    assert page.index("The report's claims") < page.index("<h2>Tables</h2>")
+    for claim, (verdict, *_) in claims.verdicts(groups):
+        assert claim.text in text and claim.rule in text and verdict.word in text
 
 
 def test_both_axes_have_ticks_at_numbers_that_can_be_read(groups):
@@ -565,7 +679,7 @@ def test_report_writes_the_page(work, groups):
 
 
 def test_help_gives_examples_and_no_network_is_imported(work):
-    for name in ("curves", "figures", "tables", "report"):
+    for name in ("claims", "curves", "figures", "tables", "report"):
         done = script(name, "-h", cwd=work)
         assert done.returncode == 0
         assert f"python plots/{name}.py runs" in done.stdout

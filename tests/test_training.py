@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import os
+import pty
+import random
 import re
 import signal
 import subprocess
@@ -13,14 +15,15 @@ import sys
 import threading
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import chainer
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
-from resnet import extensions, flags, network, schedule, training, weights
+from resnet import extensions, files, flags, network, schedule, training, weights
 from resnet.command import InputError
 from resnet.updater import Images
 
@@ -134,7 +137,7 @@ def handlers():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("iteration", [1, 5])
 def test_a_stopped_run_goes_on_to_the_same_end(
     dataset, finished, tmp_path, monkeypatch, capsys, number, iteration
@@ -148,7 +151,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert stopped.value.code == training.UNFINISHED
     out = capsys.readouterr().out
     assert f"stopped by {number.name} after iteration {iteration}" in out
-    assert f"to go on: {sys.orig_argv[0]} " in out
+    assert f"to go on: {sys.executable}" in out
     assert not (run.folder / "blocks.h5").exists()
     with run.request:
         run.train()
@@ -160,6 +163,84 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     starts = json.loads((run.folder / "args.json").read_text())["starts"]
     assert [start["iteration"] for start in starts] == [0, iteration]
     assert ["packages" in start for start in starts] == [True, False]  # once, as they are the same
+
+
+def test_a_second_ctrl_c_tells_what_a_third_one_loses(capfd):
+    request = extensions.StopRequest()
+    request.unsaved = lambda: 43.2
+    with request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.reason == "SIGINT" and capfd.readouterr().err == ""
+        os.kill(os.getpid(), signal.SIGINT)
+        said = "Ctrl-C once more ends it at once and loses the last 43 s of training\n"
+        assert capfd.readouterr().err.endswith(said)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with extensions.StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert request.reason is None
+
+
+ENDLESS = ("experiments/resnet.py", "--n", "1", "--data", "synthetic", "--subset", "64", "-b", "32",
+           "--epoch", "500", "--backend", "chainer")  # fmt: skip
+
+
+def read_until_an_epoch(file):
+    text = b""
+    while not re.search(rb" 1 +2 +0\.1 ", text):
+        text += os.read(file, 4096)
+
+
+def test_a_run_whose_terminal_is_closed_stops_with_a_snapshot(tmp_path):
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, *ENDLESS, "-o", str(tmp_path)])
+    read_until_an_epoch(terminal)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == training.UNFINISHED
+    assert list(tmp_path.glob("*/snapshot_iter_*.npz"))
+
+
+def test_a_run_whose_output_nobody_reads_any_more_stops_with_a_snapshot(tmp_path):
+    words = [sys.executable, *ENDLESS, "-o", str(tmp_path)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        read_until_an_epoch(run.stdout.fileno())
+        run.stdout.close()
+        assert run.wait(60) == training.UNFINISHED
+        assert run.stderr.read() == b""
+    assert list(tmp_path.glob("*/snapshot_iter_*.npz"))
+
+
+def test_ctrl_c_before_training_is_one_line(tmp_path):
+    # A module that is imported late, and a data set that is read later yet.
+    press = "import os, signal; os.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "h5py.py").write_text(press)
+    words = [sys.executable, *ENDLESS, "-o", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
+    assert (done.stdout, done.stderr) == ("", "interrupted\n")
+    code = f"from resnet import command\ndef main():\n  {press}command.run(main)"
+    done = python("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_an_error_stands_after_what_was_printed_before_it():
+    code = """from resnet import command
+def main():
+  print("before")
+  raise command.InputError("the error")
+command.run(main)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, timeout=60,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.stdout == "before\nerror: the error\n"
 
 
 def test_a_signal_in_a_runs_last_iteration_stops_before_the_next_run(
@@ -206,6 +287,12 @@ def test_a_run_folder_has_one_writer_and_keeps_no_leftovers_of_killed_ones(datas
     run.folder.mkdir()
     left = run.folder / ".snapshot_iter_4.npz.123.tmp"
     left.write_bytes(b"half")
+    (run.folder / "writable").mkdir()  # whatever else is wrong, who writes there comes first
+    of_log_report = run.folder / "log3_abc9zz"
+    of_the_user = run.folder / "lognotes1234"
+    for folder, name in (of_log_report, "log.json"), (of_the_user, "mine"):
+        folder.mkdir()
+        (folder / name).touch()
     holder = subprocess.Popen(
         [sys.executable, "-c", "import sys; from pathlib import Path; from resnet import files\n"
          "with files.only_writer(Path(sys.argv[1])): print(); input()", run.folder],
@@ -217,8 +304,10 @@ def test_a_run_folder_has_one_writer_and_keeps_no_leftovers_of_killed_ones(datas
     assert not (run.folder / "log").exists()
     holder.kill()  # the system gives the right back
     holder.communicate()
+    (run.folder / "writable").rmdir()
     run.train()
     assert (run.folder / "blocks.h5").exists() and not left.exists()
+    assert not of_log_report.exists() and (of_the_user / "mine").exists()
 
 
 def interrupted_run(dataset, out, monkeypatch, iteration=5):
@@ -258,6 +347,180 @@ def test_a_damaged_newest_snapshot_falls_back_to_the_one_before(
     assert "snapshot_iter_5.npz is damaged" in output.err
     assert "Going on from" in output.out and "snapshot_iter_4.npz" in output.out
     assert read_log(run.folder) == read_log(finished.folder)
+
+
+def flips(path, count=200):
+    """The content of a file with one bit flipped, at ``count`` places of all of it."""
+    content = path.read_bytes()
+    rng = random.Random(len(content))
+    for _ in range(count):
+        place = rng.randrange(len(content))
+        changed = bytearray(content)
+        changed[place] ^= 1 << rng.randrange(8)
+        yield place, bytes(changed)
+
+
+def test_any_flipped_bit_of_a_snapshot_is_noticed(finished):
+    path = finished.folder / "snapshot_iter_8.npz"
+    trainer, snapshots = finished.make_trainer()
+    for place, content in flips(path):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="sha256"):
+            snapshots._read(path, trainer)
+        assert trainer.updater.iteration == 0, place
+
+
+def save_as_before(path, *left_out, **changes):
+    """Write a snapshot again as it was before there was a digest, and with other arrays."""
+    with np.load(path) as file:
+        state = {name: file[name] for name in file.files if name not in ("sealed", *left_out)}
+    np.savez(path, **{**state, **changes})
+
+
+def test_a_snapshot_of_before_there_was_a_digest_is_read(dataset, finished, tmp_path, monkeypatch):
+    run = interrupted_run(dataset, tmp_path / "old", monkeypatch)
+    save_as_before(run.folder / "snapshot_iter_5.npz")
+    run.train()
+    assert read_log(run.folder) == read_log(finished.folder)
+
+
+FC = "updater/network/fc/W"
+DAMAGES = {  # of a snapshot without a digest, and what is said of it
+    "shape": ({FC: np.zeros((10, 1), "f")}, "found float32 (10, 1), legal: float32 (10, 64)"),
+    "one number": ({FC: np.zeros((), "f")}, "found float32 (), legal: float32 (10, 64)"),
+    "type": ({FC: np.zeros((10, 64))}, "found float64 (10, 64), legal: float32 (10, 64)"),
+    "pickle": ({FC: np.array([{}])}, "object"),
+    "foreign": ({"updater/network/fc/V": np.zeros(1)}, "fc/V: found float64 (1,), legal: nothing"),
+    "rows": ({"extensions/LogReport/x": np.zeros(9)}, "x: found float64 (9,), legal: float64 ()"),
+    "iteration": ({"updater/iteration": 9}, "updater/iteration: found 9, legal: up to 8"),
+    "before": ({"updater/iteration": -1}, "updater/iteration: found -1, legal: from 0 up"),
+    "rate": ({"updater/lr": -0.1}, "updater/lr: found -0.1, legal: from 0 up"),
+    "variance": ({"updater/network/conv1/bn/avg_var": np.full(16, -1, "f")}, "avg_var: found -1"),
+    "log": ({"extensions/LogReport/_log": "[{"}, "Expecting"),
+    "nested": ({"extensions/LogReport/_log": "[" * 100_000}, "recursion"),
+    "no list": ({"extensions/LogReport/_log": "7"}, "not a list"),
+    "errors": ({"updater/warm_up/errors": "0.5,half"}, "could not convert"),
+    "identity": ({"identity": "7"}, "not iterable"),
+}
+
+
+def test_what_a_damaged_snapshot_holds_never_reaches_the_run(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    run = interrupted_run(dataset, tmp_path, monkeypatch)
+    newest = run.folder / "snapshot_iter_5.npz"
+    whole = newest.read_bytes()
+
+    def check(message):
+        trainer, snapshots = run.make_trainer()
+        assert snapshots.resume_newest(trainer) == run.folder / "snapshot_iter_4.npz", message
+        assert trainer.updater.iteration == 4
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{newest} is damaged" in line and message in line
+        assert "trying the one before" in line
+
+    capsys.readouterr()
+    for changes, message in DAMAGES.values():
+        newest.write_bytes(whole)
+        save_as_before(newest, **changes)
+        check(message)
+    newest.write_bytes(whole)
+    save_as_before(newest, FC)
+    check("found nothing, legal: float32 (10, 64)")
+    newest.write_bytes(whole)
+    save_as_before(newest)
+    old = newest.read_bytes()
+    # NumPy would stop before the member's end, see no checksum, and Chainer would broadcast.
+    newest.write_bytes(old.replace(b"(64, 64, 3, 3)", b"(64, 64, 3, 1)"))
+    check("Bad CRC-32")
+    newest.write_bytes(old.replace(b"(64, 64, 3, 3)", b"(64, 64, 3, x)"))
+    check("Bad CRC-32")
+    newest.write_bytes(whole[: -len(files.SEAL) - 64])
+    check("its sha256 is missing")
+    newest.unlink()
+    os.mkfifo(newest)
+    check("not a regular file")
+
+
+def test_a_damaged_snapshot_takes_no_intact_ones_place(dataset, tmp_path, monkeypatch):
+    run = interrupted_run(dataset, tmp_path, monkeypatch)
+    (run.folder / "snapshot_iter_7.npz").write_bytes(b"damaged")
+    run.request = extensions.StopRequest()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit), run.request:
+        stop_after(patch, 6)
+        run.train()
+    names = sorted(path.name for path in run.folder.glob("*.npz"))
+    assert names == [f"snapshot_iter_{i}.npz" for i in (5, 6, 7)]
+
+
+def test_without_an_intact_snapshot_training_begins_anew(
+    dataset, finished, tmp_path, monkeypatch, capsys
+):
+    run = interrupted_run(dataset, tmp_path / "lost", monkeypatch)
+    for path in run.folder.glob("*.npz"):
+        path.write_bytes(b"damaged")
+    run.train()
+    assert "beginning anew, as there is no other" in capsys.readouterr().err
+    assert read_log(run.folder) == read_log(finished.folder)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda log: log.unlink(),
+        lambda log: log.write_bytes(b""),
+        lambda log: log.write_text(log.read_text()[:-200]),
+        lambda log: log.write_text("[" * 100_000),
+        lambda log: log.write_text(json.dumps(json.loads(log.read_text())[:-1])),
+        lambda log: log.write_text(log.read_text().replace("main/loss", "main/boss")),
+    ],
+    ids=["missing", "empty", "half", "nested", "an epoch short", "another key"],
+)
+def test_a_damaged_log_of_a_complete_run_is_written_again(finished, capsys, spoil):
+    log = finished.folder / "log"
+    before = log.read_bytes()
+    spoil(log)
+    finished.train()
+    output = capsys.readouterr()
+    assert log.read_bytes() == before
+    assert "already complete" in output.out and "last epoch (3)" in output.out
+    (line,) = output.err.splitlines()
+    assert line.startswith(f"warning: {log}: damaged (") and "written again from" in line
+
+
+def test_a_damaged_log_that_no_snapshot_holds_is_one_line(finished):
+    (finished.folder / "log").write_bytes(b"")
+    (finished.folder / "snapshot_iter_8.npz").unlink()
+    with pytest.raises(InputError, match=r"log: damaged .*no snapshot holds it; legal: remove"):
+        finished.train()
+
+
+def test_a_log_is_never_half_written(finished, monkeypatch):
+    log = finished.folder / "log"
+    before = log.read_bytes()
+
+    def full(path, text):
+        path.open("w").write(text[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        extensions.write_log(log, [{"epoch": 1}])
+    assert log.read_bytes() == before and not list(log.parent.glob(".*.tmp"))
+
+
+def test_damaged_blocks_of_a_complete_run_are_written_again(finished, capsys):
+    path = finished.folder / "blocks.h5"
+    before = read_blocks(finished.folder)
+    log = read_log(finished.folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    finished.train()
+    assert "blocks.h5: damaged" in capsys.readouterr().err
+    after = read_blocks(finished.folder)
+    assert all((after[name] == value).all() for name, value in before.items())
+    assert read_log(finished.folder) == log
 
 
 def test_resume_from_a_named_snapshot(dataset, finished, tmp_path, monkeypatch, capsys):
@@ -389,11 +652,11 @@ def test_an_interrupted_write_leaves_the_older_snapshot(dataset, tmp_path, monke
     trainer, snapshots = run.make_trainer()
     snapshots.resume_newest(trainer)
 
-    def full(file, **arrays):
-        file.write(b"half")
+    def full(path, content):
+        path.open("wb").write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     trainer.updater.iteration = 6
     trainer._start_at = 0
     with pytest.raises(OSError, match="No space left"):
@@ -473,6 +736,7 @@ def shown_on(terminal, dataset, out, monkeypatch):
 
 @pytest.mark.parametrize("width", [200, 88, 80, 60, 40, 20, 10])
 def test_progress_fits_a_terminal_of_any_width(dataset, tmp_path, monkeypatch, width):
+    monkeypatch.setenv("TERM", "xterm")
     lines = shown_on(Terminal(width), dataset, tmp_path, monkeypatch)
     assert max(map(len, lines)) < width
     assert len([line for line in lines if line.startswith("epoch")]) == 1
@@ -484,6 +748,7 @@ def test_progress_fits_a_terminal_of_any_width(dataset, tmp_path, monkeypatch, w
 
 
 def test_progress_follows_a_resize_and_names_its_columns_again(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     lines = shown_on(Terminal(100, 50, 50, 50), dataset, tmp_path, monkeypatch)
     heads = [line for line in lines if line.startswith("epoch")]
     assert len(set(heads)) == 2 and "left" in heads[0]
@@ -492,7 +757,7 @@ def test_progress_follows_a_resize_and_names_its_columns_again(dataset, tmp_path
 def test_there_is_no_bar_on_the_terminal_that_a_launcher_gives_its_processes(
     dataset, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    monkeypatch.setenv("TERM", "dumb")
     terminal = Terminal(80)
     shown_on(terminal, dataset, tmp_path, monkeypatch)
     assert "\r" not in terminal.getvalue() and "of 8" not in terminal.getvalue()

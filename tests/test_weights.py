@@ -1,5 +1,6 @@
 """Block weights in HDF5: what goes in comes out, and what is not ours is refused in one line."""
 
+import contextlib
 import errno
 import resource
 
@@ -8,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_training import flips
 
 from resnet import network, weights
 from resnet.command import InputError
@@ -145,34 +147,42 @@ def test_loading_some_groups_leaves_the_others_alone(saved, groups):
         assert name.endswith("/N") or (stored[name] != before[name]).all(), name
 
 
+@contextlib.contextmanager
+def changed(path, mode="a"):
+    """The HDF5 file, to be changed into one as it was written before there was a digest."""
+    with h5py.File(path, mode) as file:
+        file.attrs["sealed"] = False
+        yield file
+
+
 def of_something_else(path):
-    with h5py.File(path, "w") as file:
+    with changed(path, "w") as file:
         file["temperature"] = np.arange(3)
 
 
 def without_a_block(path):
-    with h5py.File(path, "a") as file:
+    with changed(path) as file:
         del file["conv3"]
 
 
 def with_a_block_of_another_shape(path):
-    with h5py.File(path, "a") as file:
+    with changed(path) as file:
         del file["fc/W"]
         file["fc/W"] = np.zeros((100, 64), np.float32)
 
 
 def with_a_foreign_attribute(path):
-    with h5py.File(path, "a") as file:
+    with changed(path) as file:
         file.attrs["n"] = "three"
 
 
 def without_a_mean(path):
-    with h5py.File(path, "a") as file:
+    with changed(path) as file:
         del file["mean"]
 
 
 def of_an_unknown_architecture(path):
-    with h5py.File(path, "a") as file:
+    with changed(path) as file:
         file.attrs["architecture"] = "densenet"
 
 
@@ -181,16 +191,16 @@ def of_an_unknown_architecture(path):
     [
         (lambda path: path.unlink(), "no such file"),
         (lambda path: (path.unlink(), path.mkdir()), "no such file"),
-        (lambda path: path.write_text("conv1, conv2, conv3\n"), "not a readable HDF5 file"),
-        (lambda path: path.write_bytes(b""), "not a readable HDF5 file"),
-        (lambda path: path.write_bytes(path.read_bytes()[:1000]), "not a readable HDF5 file"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "not a readable HDF5 file"),
+        (lambda path: path.write_text("conv1, conv2, conv3\n"), "no file of ours"),
+        (lambda path: path.write_bytes(b""), "no file of ours"),
+        (lambda path: path.write_bytes(path.read_bytes()[:1000]), "no file of ours"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "no file of ours"),
         (of_something_else, "without the attribute 'architecture'"),
         (without_a_block, "cannot read conv3"),
-        (with_a_block_of_another_shape, "cannot read fc"),
+        (with_a_block_of_another_shape, "fc/W: found float32 (100, 64), legal: float32 (10, 64)"),
         (with_a_foreign_attribute, "a foreign attribute"),
-        (without_a_mean, "no per-pixel mean"),
-        (of_an_unknown_architecture, "unknown architecture 'densenet'"),
+        (without_a_mean, "cannot read mean"),
+        (of_an_unknown_architecture, "found 'densenet', legal: plain, resnet, resresnet"),
     ],
     ids=["missing", "folder", "text", "empty", "first 1000 bytes", "last byte missing",
          "something else", "block missing", "other shape", "foreign attribute", "no mean",
@@ -205,6 +215,93 @@ def test_a_file_that_cannot_be_restored_is_named_in_one_line(saved, spoil, reaso
     message = str(error.value)
     assert message.startswith(f"{path}: ") and reason in message
     assert "\n" not in message
+
+
+def test_any_flipped_bit_of_a_file_is_noticed(saved):
+    path, _ = saved
+    for place, content in flips(path):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="sha256"):
+            weights.restore(path)
+        with pytest.raises(InputError, match="sha256"):
+            weights.read_mean(path)
+        assert path.read_bytes() == content, place
+
+
+def test_a_file_of_before_there_was_a_digest_is_read(saved):
+    path, net = saved
+    with changed(path) as file:
+        del file.attrs["sealed"]
+    assert_same(weights.restore(path)[0], net)
+    assert weights.read_mean(path).tobytes() == MEAN.tobytes()
+
+
+def test_a_file_that_has_lost_its_digest_is_refused(saved):
+    path, _ = saved
+    with h5py.File(path, "a") as file:
+        file.attrs["note"] = "changed by hand"
+    with pytest.raises(InputError, match="sha256"):
+        weights.describe(path)
+
+
+def put(name, value=None, **options):
+    def change(file):
+        del file[name]
+        if options:
+            file.create_dataset(name, **options)
+        else:
+            file[name] = value
+
+    return change
+
+
+def attribute(name, value):
+    return lambda file: file.attrs.__setitem__(name, value)
+
+
+def test_nothing_but_this_networks_own_arrays_is_read(saved, tmp_path):
+    """Each change is one that HDF5, h5py or Chainer took without a word, or hung on."""
+    path, _ = saved
+    other = tmp_path / "other.h5"
+    with h5py.File(other, "w") as file:
+        file["W"] = np.ones((10, 64), np.float32)
+    outside = {"shape": (10,), "dtype": np.float32, "external": [("/etc/passwd", 0, 40)]}
+    layout = h5py.VirtualLayout((10, 64), np.float32)
+    layout[:] = h5py.VirtualSource(str(other), "W", (10, 64))
+
+    def virtual(file):
+        del file["fc/W"]
+        file.create_virtual_dataset("fc/W", layout)
+
+    cases = [
+        (put("fc/W", np.ones(1, np.float32)), "fc/W: found float32 (1,), legal: float32 (10, 64)"),
+        (put("fc/W", np.ones((10, 64))), "fc/W: found float64 (10, 64), legal: float32 (10, 64)"),
+        (put("fc/b", **outside), "cannot read fc/b, it is no array of this file"),
+        (put("fc/W", h5py.ExternalLink(str(other), "W")), "cannot read fc/W, it is not there"),
+        (put("fc/W", h5py.SoftLink("/fc/b")), "cannot read fc/W, it is not there"),
+        (virtual, "cannot read fc/W, it is no array of this file"),
+        (put("conv1/bn/avg_var", np.full(16, -1, np.float32)), "avg_var: found -1.0, legal: from"),
+        (put("mean", np.full((3, 32, 32), 1.4e38, np.float32)), "mean: found 1.4e+38..1.4e+38"),
+        (put("mean", np.full((3, 32, 32), np.nan, np.float32)), "mean: found nan..nan, legal: 0"),
+        (attribute("n", 10**7), "n = 10000000, but cannot read conv"),
+        (attribute("n", -1), "n: found '-1', legal: a whole number from 1 up"),
+        (attribute("iteration", 1e300), "a foreign attribute iteration"),
+        (attribute("classes", 3), "a foreign attribute classes"),
+        (attribute("dataset", "a\nb"), "a foreign attribute dataset"),
+        (attribute("groups", ["conv1", "conv9"]), "a foreign attribute groups"),
+    ]
+    whole = path.read_bytes()
+    for change, message in cases:
+        path.write_bytes(whole)
+        with changed(path) as file:
+            change(file)
+        untouched = network.resnet(1)
+        with pytest.raises(InputError) as error:
+            weights.load(path, untouched, "resnet")
+            weights.read_mean(path)
+        assert message in str(error.value) and "\n" not in str(error.value)
+        if "mean" not in message:
+            assert_same(untouched, network.resnet(1))
 
 
 @pytest.mark.parametrize(

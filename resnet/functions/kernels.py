@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 CHUNK = 64  # rows; float32 sums stay short, float64 sums few
 COLUMNS = 1024  # values of a row that a thread sums
 LINE = 16  # floats of a cache line
+SLICE = 8  # channels whose filters a thread transforms
 _compile = numba.njit(parallel=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
 _inline = numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
 
@@ -368,6 +369,39 @@ def _enter_gradient(g, h, coefficients, padded):
 @_inline
 def _address(array):
     return np.int64(array.ctypes.data)
+
+
+@_compile
+def filters_to_points(function, w, backward, g, u):
+    """u = the filters w at the points, (36, C, C); of the turned ones if it goes ``backward``.
+
+    Args:
+        function: Address of the code.
+        w: (C, C, 9).
+        g: Working memory, (9, C, C).
+    """
+    channels = len(w)
+    for first in numba.prange(channels // SLICE):
+        some = range(first * SLICE, (first + 1) * SLICE)
+        for a in some:
+            for b in range(channels):
+                for p in range(9):
+                    g[p, a, b] = w[a, b, 8 - p] if backward else w[b, a, p]
+        start = 4 * channels * first * SLICE
+        _run(function, _address(g) + start, _address(u) + start, 0, 0, SLICE * channels)
+
+
+@_compile
+def filters_from_points(function, u, g, gw):
+    """gw = the gradient of the filters, (C, C, 9), from that at the points."""
+    channels = len(gw)
+    for first in numba.prange(channels // SLICE):
+        start = 4 * channels * first * SLICE
+        _run(function, _address(u) + start, _address(g) + start, 0, 0, SLICE * channels)
+        for k in range(channels):
+            for c in range(first * SLICE, (first + 1) * SLICE):
+                for p in range(9):
+                    gw[k, c, p] = g[p, c, k]
 
 
 @_compile

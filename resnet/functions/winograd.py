@@ -16,7 +16,6 @@ there is no compiler to be installed, and sizes and strides are constants in it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import itertools
 import math
@@ -28,7 +27,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, codegen, config
 
-from resnet.functions import kernels, primitives
+from resnet.functions import kernels
 
 TILE = 4  # outputs of a tile, in each direction
 # +-1 and +-2 instead would round twice as much and save nothing. The last point is infinity.
@@ -36,6 +35,7 @@ POINTS = (0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
 SIDE = len(POINTS) + 1  # inputs of a tile, in each direction
 TILES, GRADIENT_TILES = 8, 16  # that go through all steps together, in the cache
 GROUP = 1 << 16  # bytes of images whose passes before and after are taken together
+PART = 1 << 19  # bytes of images whose gradients of the filters are summed together
 GAP = 16  # floats between the points' matrices: else their addresses share a set of the cache
 LINE = 16  # floats of a cache line
 
@@ -164,6 +164,16 @@ class Code:
         function = cgutils.get_or_insert_function(self.function.module, kind, "llvm.prefetch.p0")
         place = self.builder.bitcast(self.at(pointer, offset), BYTES)
         self.builder.call(function, [place, INTEGER(int(write)), INTEGER(3), INTEGER(1)])
+
+    def square(self, x, side: int, y, transform, matrix, distance: int, count) -> None:
+        """y = the transform of side * side arrays x, ``distance`` apart, both ways."""
+        with self.loop(self.builder.udiv(count, WORD(self.lanes))) as i:
+            source, target = (self.at(p, self.sum(0, (i.index, self.lanes))) for p in (x, y))
+            tile = [[self.load(source, (side * p + q) * distance) for q in range(side)]
+                    for p in range(side)]  # fmt: skip
+            for place, value in enumerate(itertools.chain(*both_ways(transform, matrix, tile))):
+                self.store(value, target, place * distance)
+        self.builder.ret_void()
 
     def _place(self, pointer, offset):
         return self.builder.bitcast(self.at(pointer, offset), self.vector.as_pointer())
@@ -316,30 +326,18 @@ def gradient(code: Code, channels: int, side: int) -> None:
 
 
 def filters_to_points(code: Code, channels: int) -> None:
-    """u = G g G^T: (g as 9 matrices, u as 36)."""
-    g, u, _, _, _ = code.function.args
-    size = channels**2
-    with code.loop(size // code.lanes) as i:
-        source, target = (code.at(p, code.sum(0, (i.index, code.lanes))) for p in (g, u))
-        tile = [[code.load(source, (3 * p + q) * size) for q in range(3)] for p in range(3)]
-        for point, value in enumerate(itertools.chain(*both_ways(to_points, G, tile))):
-            code.store(value, target, point * size)
-    code.builder.ret_void()
+    """u = G g G^T: (9 matrices g, 36 matrices u, two unused, how many floats of each matrix)."""
+    g, u, _, _, count = code.function.args
+    code.square(g, 3, u, to_points, G, channels**2, count)
 
 
 def filters_from_points(code: Code, channels: int) -> None:
-    """g = G^T u G: (u as 36 matrices, g as 9)."""
-    u, g, _, _, _ = code.function.args
-    size = channels**2
-    with code.loop(size // code.lanes) as i:
-        source, target = (code.at(p, code.sum(0, (i.index, code.lanes))) for p in (u, g))
-        tile = [[code.load(source, (SIDE * p + q) * size) for q in range(SIDE)]
-                for p in range(SIDE)]  # fmt: skip
-        for place, value in enumerate(itertools.chain(*both_ways(from_points, G, tile))):
-            code.store(value, target, place * size)
-    code.builder.ret_void()
+    """g = G^T u G: (36 matrices u, 9 matrices g, two unused, how many floats of each matrix)."""
+    u, g, _, _, count = code.function.args
+    code.square(u, SIDE, g, from_points, G, channels**2, count)
 
 
+@functools.cache
 def processor() -> tuple[str, str]:
     """Name and features of the processor that Numba compiles for."""
     features = config.CPU_FEATURES
@@ -360,15 +358,19 @@ def vectors() -> str:
     return {16: "AVX-512", 8: "AVX2", 0: ""}[lanes(processor()[1])]
 
 
-def build(channels: int, side: int, name: str, features: str):
-    """Optimised code of the five functions for a shape, and the machine it is for."""
-    width = lanes(features)
+def build(channels: int, side: int, lanes: int) -> ir.Module:
+    """The five functions for images of ``side`` x ``side`` pixels, as many channels in as out."""
     module = ir.Module()
-    convolve(Code(module, "convolve", width), channels, side, adds=False)
-    convolve(Code(module, "convolve_more", width), channels, side, adds=True)
-    gradient(Code(module, "gradient", width), channels, side)
-    filters_to_points(Code(module, "to_points", width), channels)
-    filters_from_points(Code(module, "from_points", width), channels)
+    convolve(Code(module, "convolve", lanes), channels, side, adds=False)
+    convolve(Code(module, "convolve_more", lanes), channels, side, adds=True)
+    gradient(Code(module, "gradient", lanes), channels, side)
+    filters_to_points(Code(module, "to_points", lanes), channels)
+    filters_from_points(Code(module, "from_points", lanes), channels)
+    return module
+
+
+def optimized(module: ir.Module, name: str, features: str):
+    """The code for the processor ``name``, and the machine to compile it with."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple()
@@ -385,19 +387,19 @@ class Functions(NamedTuple):
     convolve: int
     convolve_more: int
     gradient: int
-    to_points: Callable
-    from_points: Callable
+    to_points: int
+    from_points: int
     engine: llvm.ExecutionEngine
 
 
 @functools.cache
 def compiled(channels: int, side: int) -> Functions:
-    """The code for images of ``side`` x ``side`` pixels and as many channels in as out."""
-    engine = llvm.create_mcjit_compiler(*build(channels, side, *processor()))
+    """``build`` for this processor."""
+    name, features = processor()
+    module = build(channels, side, lanes(features))
+    engine = llvm.create_mcjit_compiler(*optimized(module, name, features))
     engine.finalize_object()
-    kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_long)
-    addresses = [engine.get_function_address(name) for name in Functions._fields[:5]]
-    return Functions(*addresses[:3], *map(kind, addresses[3:]), engine)
+    return Functions(*map(engine.get_function_address, Functions._fields[:5]), engine)
 
 
 def fits(shape: tuple[int, ...], channels: int, stride: int) -> bool:
@@ -420,18 +422,12 @@ class Convolution:
     def __init__(self, shape: tuple[int, int, int, int], threads: int) -> None:
         n, c, side, _ = self.out_shape = shape
         image = 4 * c * side * side
-        self.images = max(1, min(primitives.PART // image, -(-n // threads)))
+        self.images = max(1, min(PART // image, -(-n // threads)))
         self.group = min(max(1, GROUP // image), self.images)
         self.functions = compiled(c, side)
         self.sums = kernels.empty((-(-n // self.images), SIDE**2 * c * c))
-        self.u = kernels.empty((SIDE**2, c, c))
+        self.filters, self.u = (kernels.empty((size, c, c)) for size in (9, SIDE**2))
         self.padded, self.points = _memory(c, side, self.group)
-
-    def _to_points(self, w: np.ndarray) -> np.ndarray:
-        """Of filters (3, 3, C, C): their products' matrices (36, C, C)."""
-        w = np.ascontiguousarray(w)
-        self.functions.to_points(w.ctypes.data, self.u.ctypes.data, None, None, 0)
-        return self.u
 
     def convolve(self, x, normalization, shortcut, out, w, h) -> np.ndarray:
         """As ``kernels.convolve``."""
@@ -443,7 +439,7 @@ class Convolution:
             normalization,
             shortcut,
             out,
-            self._to_points(w.transpose(2, 3, 1, 0)),
+            self._filters(w, backward=False),
             h,
             self.padded,
             self.points,
@@ -463,16 +459,21 @@ class Convolution:
             x,
             normalization,
             out,
-            self._to_points(w.transpose(2, 3, 0, 1)[::-1, ::-1]),
+            self._filters(w, backward=True),
             self.sums,
             gx,
             self.padded,
             self.points,
         )
-        filters = np.empty((3, 3, *gw.shape[:2]), np.float32)
-        functions.from_points(self.sums.ctypes.data, filters.ctypes.data, None, None, 0)
-        gw[...] = filters.transpose(3, 2, 0, 1)
+        gw = gw.reshape(len(gw), -1, 9)
+        kernels.filters_from_points(functions.from_points, self.sums[0], self.filters, gw)
         return parts
+
+    def _filters(self, w: np.ndarray, backward: bool) -> np.ndarray:
+        """The filters (C, C, 3, 3) at the points, (36, C, C)."""
+        w = np.ascontiguousarray(w).reshape(len(w), -1, 9)
+        kernels.filters_to_points(self.functions.to_points, w, backward, self.filters, self.u)
+        return self.u
 
 
 convolution = functools.cache(Convolution)

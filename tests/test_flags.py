@@ -1,0 +1,89 @@
+"""Values of flags: what is out of range is refused where it is read, in one line."""
+
+import os
+import sys
+import time
+
+import pytest
+from conftest import python
+
+from resnet import cifar10, command, flags
+from resnet.command import USAGE, InputError
+
+FLAGS = flags.add_schedule(flags.parser(""))
+
+
+def refusal(*words):
+    """The one line that these words are refused with."""
+    with pytest.raises((SystemExit, InputError)) as caught:
+        args = FLAGS.parse_args([*words])
+        flags.check(args)
+        flags.find_device(args.device)
+        cifar10.load(args.data)
+    assert getattr(caught.value, "code", None) == USAGE or isinstance(caught.value, InputError)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *((f"--{flag}=--",) for flag in ("n", "out", "resume", "data", "device", "seed", "drops")),
+        ("-d--",),
+        *(("--n", value) for value in ("0", "1001", "9" * 30, "\u00b2", "1e3", "3\n5", "")),
+        ("--batchsize", "50001"),
+        ("--epoch", "10000000"),
+        ("--shorten", "64001"),
+        *(("--seed", value) for value in ("4294967296", "-1")),
+        ("--runs", "100000"),
+        ("--seed", "4294967295", "--runs", "2"),
+        *(("--epoch", "2", "--drops", value) for value in ("1e308", "nan", "-1", "inf")),
+        *(("--time-limit", value) for value in ("nan", "inf", "1e10")),
+        ("--snapshot-interval", "1e300"),
+        ("--out", ""),
+        ("--resume", ""),
+        ("--augmentation", "crop\nflip"),
+        *(("--device", value) for value in ("\u00b2", "-3", "9" * 5000, "cpu\n", "")),
+        *(("--data", value) for value in ("", "~nosuchuser", "/dev/zero", "no\nsuch")),
+    ],
+    ids=lambda words: " ".join(words)[:30].encode("ascii", "backslashreplace").decode(),
+)
+def test_impossible_values_are_refused_in_one_line(words, capsys):
+    caught = refusal(*words)
+    said = capsys.readouterr().err or f"error: {command.one_line(caught)}\n"
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert words[0].lstrip("-").partition("=")[0][:1] in said
+    assert any(word in said for word in ("legal: ", "invalid choice", "no such file"))
+
+
+def test_a_pipe_is_no_data_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="no such file or folder"):
+        cifar10.load(str(tmp_path / "pipe"))
+
+
+def test_text_that_a_terminal_cannot_show_is_escaped(tmp_path):
+    script = "from resnet import command; command.run(lambda: print('91 \\u00b1 2 \\ud800'))"
+    shown = python("-c", script, PYTHONIOENCODING="ascii", PYTHONPATH=".")
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "91 \\xb1 2 \\ud800\n", "")
+
+
+def test_an_error_is_one_line_whatever_names_a_file_has():
+    script = "from resnet import command\ndef f(): raise command.InputError('a\\nb\\x1b[2J')\n"
+    shown = python("-c", f"{script}command.run(f)", PYTHONPATH=".")
+    assert (shown.returncode, shown.stderr) == (1, "error: a\\nb\\x1b[2J\n")
+
+
+def test_a_thousand_seeds_are_planned_in_a_second(dataset, tmp_path):
+    from test_training import make_run
+
+    begin = time.monotonic()
+    for seed in range(100):
+        make_run(dataset, tmp_path, "--seed", str(seed))
+    assert time.monotonic() - begin < 5
+    assert "mean" not in vars(make_run(dataset, tmp_path))  # waits until it is trained
+
+
+def test_the_command_to_go_on_names_the_interpreter_that_runs():
+    script = "from resnet import record; print(record.command())"
+    shown = python("-c", script, PYTHONPATH=".")
+    assert shown.stdout.startswith(f"{sys.executable} -c ")
