@@ -60,9 +60,9 @@ def read_image(path: Path | str) -> np.ndarray:
                 side = min(image.size)
                 left, top = ((length - side) // 2 for length in image.size)
                 square = _rgb(image, image.crop((left, top, left + side, top + side)))
-                small = square.resize((32, 32), Image.Resampling.BOX)
-                small.info["exif"] = image.getexif().tobytes()
-                small = ImageOps.exif_transpose(small)  # a photograph says how it was held
+                square.info["exif"] = image.getexif().tobytes()
+                upright = ImageOps.exif_transpose(square)  # a photograph says how it was held
+                small = upright.resize((32, 32), Image.Resampling.BOX)
     except ValueError as error:
         legal = f"legal: {', '.join(FORMATS)} of 8 or 16 bits"
         raise InputError(f"--images {path}: not a readable image ({error}); {legal}") from None
