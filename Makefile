@@ -20,7 +20,7 @@ INSTALLED = $(VENV)/installed-$(VERSION)
 DATA ?=
 CIFAR10 = $(if $(DATA),--data '$(DATA)')
 
-.PHONY: demo degradation evidence measured test gpu lint clean
+.PHONY: demo degradation evidence measured test campaign gpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python experiments/resnet.py --n 3 --data synthetic --epoch 8 --out demo
@@ -46,6 +46,10 @@ measured: $(INSTALLED)
 
 test: $(INSTALLED)-test
 	$(BIN)/python -m pytest
+
+# Kills, full disks, damaged files, wrong flags: up to an hour. CAMPAIGN_PART=0.05 is a twentieth.
+campaign: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s -q tests/campaign
 
 # On a machine with a GPU: everything that needs one, and the speed table. CUDA=12 for CUDA 12.
 CUDA ?= 13

@@ -774,3 +774,13 @@ def test_unknown_devices_are_refused(name):
 @pytest.mark.parametrize("name", ["cpu", "-1", "@numpy"])
 def test_spellings_of_the_cpu(name):
     assert flags.find_device(name).xp is np
+
+
+@pytest.mark.parametrize("value", [10**400, math.nan, math.inf, -1, True, "1", None])
+@pytest.mark.parametrize("key", ["elapsed_time", "epoch", "test/main/accuracy"])
+def test_impossible_numbers_in_a_log_are_noticed(key, value):
+    entry = dict.fromkeys(("epoch", "iteration", "elapsed_time", "lr", "main/accuracy"), 1)
+    entry |= {"main/loss": math.nan, "test/main/loss": 2.0, "test/main/accuracy": 0.5}
+    extensions.check_log([entry], "test", 1)
+    with pytest.raises(ValueError, match=key):
+        extensions.check_log([{**entry, key: value}], "test")

@@ -1,0 +1,105 @@
+"""Where the time of a training step goes: processor time of each pass of the CPU backend.
+
+  OMP_NUM_THREADS=1 python experiments/step_profile.py --n 3
+
+One thread, so that what a pass costs is what this process has computed in it. Medians over steps.
+"""
+
+import argparse
+import functools
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+# Python looks for modules beside the script first, and there 'resnet' is another script.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from resnet import command, flags, functions
+from resnet.network import resnet
+
+BATCHSIZE = flags.BATCHSIZE
+PASSES = {  # function of resnet.functions.kernels -> what it is
+    "convolve_by_tiles": "Winograd's convolutions, forward",
+    "convolve_backward_by_tiles": "Winograd's convolutions, both gradients",
+    "convolve": "direct convolutions, forward",
+    "convolve_backward": "direct convolutions, both gradients",
+    "filters_to_points": "filters to the points",
+    "filters_from_points": "filters' gradients from the points",
+    "output_gradient": "gradient before the last ReLU of a block",
+    "finish": "last normalization and ReLU of a block",
+    "widen": "shortcuts of option A",
+    "widen_gradient": "shortcuts of option A",
+    "batch_statistics": "statistics of the batch",
+    "scale_and_shift": "statistics of the batch",
+    "input_coefficients": "statistics of the batch",
+    "momentum_step": "optimizer",
+}
+
+
+def measured(function, times: list[float]):
+    """``function``, which adds its processor time to the last of ``times``."""
+
+    @functools.wraps(function)
+    def call(*arguments):
+        begin = time.thread_time()
+        result = function(*arguments)
+        times[-1] += time.thread_time() - begin
+        return result
+
+    return call
+
+
+def main() -> None:
+    p = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--n", type=flags.whole_number(*flags.DEPTH), default=3, metavar="N",
+                   help="modules per block (default: %(default)s)")  # fmt: skip
+    p.add_argument("--steps", type=flags.whole_number(1, 10**6), default=20, metavar="K",
+                   help="steps that are measured (default: %(default)s)")  # fmt: skip
+    p.add_argument("--backend", choices=("onednn", "winograd"), default="winograd",
+                   help="what computes (default: %(default)s)")  # fmt: skip
+    args = p.parse_args()
+    line = functions.use(args.backend)
+    if functions.onednn.threads() > 1:
+        raise command.InputError(
+            f"found {functions.onednn.threads()} threads, legal: OMP_NUM_THREADS=1", command.USAGE
+        )
+    kernels = functions.onednn.kernels
+    times = defaultdict(list)
+    for name, what in PASSES.items():
+        setattr(kernels, name, measured(getattr(kernels, name), times[what]))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((BATCHSIZE, 3, 32, 32)).astype(np.float32)
+    t = rng.integers(0, 10, BATCHSIZE).astype(np.int32)
+    network = resnet(args.n)
+    optimizer = functions.momentum_sgd(network, 0.9, 1e-4)
+    optimizer.lr = 0.01
+    whole = []
+    for step in range(3 + args.steps):
+        for each in times.values():
+            each.append(0.0)
+        begin = time.thread_time()
+        loss = functions.softmax_cross_entropy(network(x), t)
+        network.cleargrads()
+        loss.backward()
+        optimizer.update()
+        whole.append(time.thread_time() - begin)
+        if step < 3:  # compiles, and finds its memory
+            whole.clear()
+            for each in times.values():
+                each.clear()
+    total = statistics.median(whole)
+    rows = sorted(((statistics.median(each), what) for what, each in times.items()), reverse=True)
+    rows.append((total - sum(seconds for seconds, _ in rows), "pooling, loss, graph and the rest"))
+    print(f"ResNet-{6 * args.n + 2}, batch {BATCHSIZE}, {line}: {1e3 * total:.0f} ms a step\n")
+    print("| pass | ms | share |\n| --- | --- | --- |")
+    for seconds, what in rows:
+        if seconds > 0:
+            print(f"| {what} | {1e3 * seconds:.1f} | {seconds / total:.0%} |")
+
+
+if __name__ == "__main__":
+    command.run(main)
