@@ -4,20 +4,31 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # Old pip reads the first variable, new pip the second (see constraints.txt).
-PIP = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet
+PIP = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install
+
+LEGAL = 3.11 3.12 3.13
+ifneq ($(MAKECMDGOALS),clean)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+ifeq ($(filter $(basename $(VERSION)),$(LEGAL)),)
+$(error PYTHON=$(PYTHON) is $(if $(VERSION),Python $(VERSION),no Python); \
+legal: Python $(LEGAL), named as in: make PYTHON=python3.12)
+endif
+endif
+# A stamp for each interpreter: under another one the environment is made anew.
+INSTALLED = $(VENV)/installed-$(VERSION)
 # Where CIFAR-10 is; without it, where Chainer keeps it, or a download.
 DATA ?=
 CIFAR10 = $(if $(DATA),--data '$(DATA)')
 
 .PHONY: demo degradation evidence measured test campaign gpu lint clean
 
-demo: $(VENV)/installed
+demo: $(INSTALLED)
 	$(BIN)/python experiments/resnet.py --n 3 --data synthetic --epoch 8 --out demo
 	$(BIN)/python plots/curves.py demo -o demo/curves.png
 
 # Half an hour on 2 cores. Small batches and the warm-up let the deep networks get somewhere in it.
 SHORT = --n 3 9 --epoch 4 --batchsize 32 --warmup on
-degradation: $(VENV)/installed
+degradation: $(INSTALLED)
 	$(BIN)/python experiments/plain.py $(SHORT) $(CIFAR10) --out degradation
 	$(BIN)/python experiments/resnet.py $(SHORT) $(CIFAR10) --out degradation
 	$(BIN)/python plots/curves.py degradation -o degradation/curves.png
@@ -25,15 +36,15 @@ degradation: $(VENV)/installed
 # All that the report's claims are judged by, on and on where it was stopped: days on a CPU.
 OUT ?= runs
 FLAGS ?=
-evidence: $(VENV)/installed
+evidence: $(INSTALLED)
 	$(BIN)/python experiments/evidence.py $(CIFAR10) --out '$(OUT)' $(FLAGS)
 
 # Keeps the complete runs of the folder RUNS in plots/measured, and draws what is there.
 RUNS ?=
-measured: $(VENV)/installed
+measured: $(INSTALLED)
 	$(BIN)/python plots/collect.py $(RUNS)
 
-test: $(VENV)/installed-test
+test: $(INSTALLED)-test
 	$(BIN)/python -m pytest
 
 # Kills, full disks, damaged files, wrong flags: up to an hour. CAMPAIGN_PART=0.05 is a twentieth.
@@ -42,24 +53,24 @@ campaign: $(VENV)/installed-test
 
 # On a machine with a GPU: everything that needs one, and the speed table. CUDA=12 for CUDA 12.
 CUDA ?= 13
-gpu: $(VENV)/installed-gpu$(CUDA)
+gpu: $(INSTALLED)-gpu$(CUDA)
 	$(BIN)/python -m pytest -m gpu -rs
 	$(BIN)/python experiments/speed.py --device 0 --n 3 9 18 -o speed-gpu
 
-lint: $(VENV)/installed-test
+lint: $(INSTALLED)-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(VENV)/installed: setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	[ -e $@ ] || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) --editable '.[cpu]'
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
+$(INSTALLED)-test: $(INSTALLED)
 	$(PIP) --editable '.[cpu,test]'
 	touch $@
 
-$(VENV)/installed-gpu$(CUDA): $(VENV)/installed-test
+$(INSTALLED)-gpu$(CUDA): $(INSTALLED)-test
 	$(PIP) --editable '.[cpu,gpu$(CUDA),test]'
 	touch $@
 

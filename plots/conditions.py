@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 
 from plots.runs import Group
@@ -46,6 +47,27 @@ def describe(key: str, value: object) -> str:
         case "data":
             return str(value)
     return f"{key} {value}"
+
+
+def tag(key: str, values: dict) -> str:
+    """A condition in a word or two, for the name of a file.
+
+    Args:
+        key: Its name.
+        values: The conditions of a group.
+    """
+    value = values.get(key)
+    match key:
+        case "training images":
+            return f"{value} images"
+        case "schedule" if value["name"] == "custom":
+            epochs = value["iterations"] * values["batchsize"] / values["training images"]
+            return f"{math.floor(epochs)} epochs"
+        case "schedule":
+            return value["name"]
+        case "evaluation":
+            return value
+    return describe(key, value)
 
 
 def _rank(key: str) -> tuple:

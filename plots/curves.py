@@ -2,6 +2,7 @@
 
   python plots/curves.py runs/resnet-20-seed0                one run
   python plots/curves.py runs -o curves.pdf                  all runs; seeds as mean and band
+  python plots/curves.py runs --watch                        again and again while training goes on
   python plots/curves.py old/result/log runs/resnet-20-seed0    beside a log of another project
 
 The mean over seeds is a line, with a band from the smallest to the largest run.
@@ -10,8 +11,10 @@ The mean over seeds is a line, with a band from the smallest to the largest run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -28,11 +31,12 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from plots import conditions, logs
 from plots.runs import COMPLETE, DIVERGED, UNFINISHED, Group, Run
 from resnet import command, files
+from resnet.command import InputError
 
 # Okabe and Ito, "Color Universal Design" (2008): told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -159,18 +163,17 @@ def _dress(left, right, groups: Sequence[Group], title: str, figure: Figure) -> 
     logarithmic = smallest > 0
     right.set_ylabel(f"{what} error, %" + (" (log scale)" if logarithmic else ""))
     losses = [loss for group in groups for run in group.runs for loss in run.loss.values()]
-    if any(0 < loss < np.inf for loss in losses):  # a run may diverge in its first epoch
-        left.set_ylabel("training loss (log scale)")
-        left.set_yscale("log")
-    else:
-        left.set_ylabel("training loss")
-    if logarithmic:
-        right.set_yscale("log")
-        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        right.yaxis.set_minor_formatter(NullFormatter())
+    # A run may diverge in its first epoch.
+    positive = any(0 < loss < np.inf for loss in losses)
+    left.set_ylabel("training loss" + (" (log scale)" if positive else ""))
+    for axes in [left] * positive + [right] * logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     for axes in (left, right):
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlim(left=0)
         axes.grid(True)
     if title:
@@ -203,8 +206,9 @@ def write(figure: Figure, file: IO[bytes], kind: str) -> None:
         figure.savefig(file, format=kind, dpi=200, metadata=metadata)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path | str) -> None:
     """Write the picture in the format that the name says; there is a whole file or none."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()  # on a full disk Matplotlib's PDF hides the reason
     write(figure, content, path.suffix.lower().removeprefix("."))
@@ -230,13 +234,39 @@ def main() -> None:
         metavar="FILE",
         help="the picture, .png or .pdf (default: %(default)s)",
     )
-    args = p.parse_args()
-    groups = logs.read(args.runs)
-    save(
-        draw(groups, conditions.labels(groups), conditions.shared(groups, but=["evaluation"])),
-        args.out,
+    p.add_argument(
+        "--watch", action="store_true", help="draw again whenever a log grows, until Ctrl-C"
     )
-    print(f"wrote {args.out}")
+    args = p.parse_args()
+    if args.watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            watch(args.runs, args.out)
+    else:
+        write_curves(args.runs, args.out)
+
+
+def write_curves(paths: Sequence[Path], out: Path) -> None:
+    """Draw the runs under ``paths`` into the picture ``out``."""
+    groups = logs.read(paths)
+    title = conditions.shared(groups, but=["evaluation"])
+    figure = draw(groups, conditions.labels(groups), title)
+    save(figure, out)
+    plt.close(figure)
+    print(f"wrote {out}", flush=True)
+
+
+def watch(paths: Sequence[Path], out: Path, wait: float = 5) -> None:
+    """Draw again whenever a log under ``paths`` has changed, looking every ``wait`` seconds."""
+    drawn = None
+    while True:
+        found = logs.stamps(paths)
+        if found and found != drawn:
+            drawn = found
+            try:
+                write_curves(paths, out)
+            except InputError as error:  # no log has an entry yet
+                print(f"waiting: {error}", file=sys.stderr)
+        time.sleep(wait)
 
 
 if __name__ == "__main__":

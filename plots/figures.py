@@ -63,10 +63,14 @@ def draw(picture: Picture, groups: Sequence[Group]) -> Iterator[tuple[str, str, 
     chosen = [group for group in groups if (group.architecture, group.layers) in picture.nets]
     within = ("architecture", "n", "warm-up", *picture.together)
     apart = [key for key in conditions.varying(chosen) if key not in within]
+    slugs: list[str] = []
     one = len({architecture for architecture, _ in picture.nets}) == 1
     for part in conditions.partition(chosen, within):
-        values = (conditions.describe(key, part[0].conditions[key]) for key in apart)
+        values = (conditions.tag(key, part[0].conditions) for key in apart)
         slug = re.sub(r"[^a-z0-9]+", "-", "-".join(values).lower()).strip("-")
+        slugs.append(slug)
+        if slugs.count(slug) > 1:
+            slug = f"{slug}-{slugs.count(slug)}"
         title = f"{picture.title}: {conditions.shared(part, but=['evaluation'])}"
         labels = conditions.labels(part, (lambda g: f"{g.layers} layers") if one else None)
         # A depth keeps its colour from figure to figure.

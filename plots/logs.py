@@ -60,7 +60,7 @@ IDENTITY = {  # what the plots need of ``run`` in args.json
 }
 
 
-def read(paths: Sequence[Path]) -> list[Group]:
+def read(paths: Sequence[Path | str]) -> list[Group]:
     """Read the runs under ``paths`` and put those that differ only in the seed together.
 
     A log that cannot be read is named on stderr and left out.
@@ -115,8 +115,15 @@ def read(paths: Sequence[Path]) -> list[Group]:
     )
 
 
-def _find(path: Path) -> Iterable[Path]:
+def stamps(paths: Sequence[Path]) -> dict[Path, int]:
+    """When each log under ``paths`` was last written; those that are not there yet left out."""
+    found = (log for path in paths if Path(path).exists() for log in _find(path))
+    return {log: log.stat().st_mtime_ns for log in found if log.exists()}
+
+
+def _find(path: Path | str) -> Iterable[Path]:
     """Log files at or under ``path``; a run folder is not searched further."""
+    path = Path(path)
     if path.is_file():
         yield path
     elif path.is_dir():
@@ -133,13 +140,14 @@ def _skip(path: Path, reason: str) -> None:
     print(command.one_line(f"skipped {path}: {reason}"), file=sys.stderr)
 
 
-def read_run(log: Path) -> Run:
+def read_run(log: Path | str) -> Run:
     """Read a log and the args.json beside it, if there is one.
 
     Raises:
         ValueError: One of them is not what training writes.
         OSError: It cannot be opened.
     """
+    log = Path(log)
     try:
         entries = files.read_json(log)
     except FileNotFoundError:

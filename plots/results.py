@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -82,6 +83,11 @@ def measured(groups: Sequence[Group], architecture: str, layers: int) -> Cell:
     return Cell("; ".join(texts), tuple(own))
 
 
+def is_measured(group: Group) -> bool:
+    """Whether one of its runs has come to its end."""
+    return bool(group.of(COMPLETE) or group.of(DIVERGED))
+
+
 def _number(column: dict[int, float], layers: int) -> Cell:
     return Cell(f"{column[layers]:.2f}" if layers in column else BLANK)
 
@@ -133,7 +139,7 @@ def _others(groups: list[Group]) -> Table:
         [Cell(label), Cell(last(group), (group,))]
         for label, group in zip(conditions.labels(groups), groups, strict=True)
     ]
-    title = "Runs that the report has no number for"
+    title = "Other runs: the report has no number for them, or they are not finished"
     return Table(title, _note(groups), ["Run", "Last epoch"], rows)
 
 
@@ -169,8 +175,11 @@ def build(groups: Sequence[Group]) -> list[Table]:
         (_partial, {(name, 32) for name in PARTIAL}, (*WITHIN, "schedule")),
     ):
         chosen = [group for group in groups if (group.architecture, group.layers) in nets]
-        tables += [table(part) for part in conditions.partition(chosen, within) or [[]]]
-        shown += chosen
+        parts = conditions.partition(chosen, within) or [[]]
+        # One for each set of conditions in which something is measured.
+        parts = [part for part in parts if any(map(is_measured, part))] or parts[:1]
+        tables += map(table, parts)
+        shown += itertools.chain(*parts)
     if others := [group for group in groups if group not in shown]:
         tables.append(_others(others))
     return [*tables, _best(groups)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import os
@@ -220,6 +219,8 @@ def download(path: Path, url: str = URL, size: int = SIZE, md5: str = MD5) -> No
 
 def _open_locked(partial: Path) -> BinaryIO:
     """Open ``partial`` for appending, held by this process alone until it is closed."""
+    import fcntl  # Unix alone has it, and only a download needs it
+
     while True:
         # Unbuffered: after a full disk there is nothing left to write when the file is closed.
         file = open(partial, "ab", buffering=0)  # noqa: SIM115 the caller closes it

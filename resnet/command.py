@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +100,10 @@ def run(command: Callable[[], None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII alone
     try:
         command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; at the end Python flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except InputError as error:
         fail(f"error: {one_line(error)}", error.code)
     except OSError as error:  # an unwritable or full folder met after the checks at the start

@@ -1,9 +1,10 @@
 """Let Chainer 7.8.1 run on today's Python, NumPy, h5py and setuptools.
 
 Import this module before ``chainer``, ``chainermn`` or ``onnx_chainer``; ``import resnet`` does.
-Old Chainer scripts need one more line at their top::
+Old Chainer scripts need one more line at their top, or run as they are under this module::
 
     import resnet.compat
+    python -m resnet.compat train_mnist.py --epoch 2
 
 Each shim says what breaks without it and is applied only where it does break: a Chainer on an
 older stack, or one that has been mended, is left as it is. CuPy 13 and 14 need no shim.
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import runpy
 import sys
 import threading
 import types
@@ -183,4 +186,29 @@ def apply() -> None:
     _thread_set_daemon()
 
 
-apply()
+def main() -> None:
+    """Run the script that the command line names, with its arguments, as ``python`` would."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit("usage: python -m resnet.compat SCRIPT.py ARGUMENTS")
+    del sys.argv[0]
+    script = sys.argv[0]
+    if not os.path.isfile(script):
+        print(f"error: {script}: no such file; legal: a Python script", file=sys.stderr)
+        sys.exit(2)
+    if not sys.flags.safe_path:  # else it has no entry for the script's folder
+        del sys.path[0]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    # The script may have a resnet.py of its own beside it.
+    for name in [name for name in sys.modules if name.split(".")[0] == "resnet"]:
+        del sys.modules[name]
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    from resnet import compat
+
+    compat.main()
+else:
+    if "resnet.compat" in sys.orig_argv:  # ``python -m``: the package has imported it before
+        warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning, "runpy")
+    apply()

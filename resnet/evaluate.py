@@ -15,7 +15,7 @@ from pathlib import Path
 
 import chainer
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from resnet import (
     cifar10,
@@ -40,8 +40,8 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
     return np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, -1)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An image file as a network sees it: cropped to its central square, scaled to 32 x 32.
+def read_image(path: Path | str) -> np.ndarray:
+    """An image file as a network sees it: upright, its central square, scaled to 32 x 32.
 
     What is transparent becomes white; 16 bits are scaled to 8.
 
@@ -60,7 +60,9 @@ def read_image(path: Path) -> np.ndarray:
                 side = min(image.size)
                 left, top = ((length - side) // 2 for length in image.size)
                 square = _rgb(image, image.crop((left, top, left + side, top + side)))
-                small = square.resize((32, 32), Image.Resampling.BOX)
+                square.info["exif"] = image.getexif().tobytes()
+                upright = ImageOps.exif_transpose(square)  # a photograph says how it was held
+                small = upright.resize((32, 32), Image.Resampling.BOX)
     except ValueError as error:
         legal = f"legal: {', '.join(FORMATS)} of 8 or 16 bits"
         raise InputError(f"--images {path}: not a readable image ({error}); {legal}") from None
@@ -109,10 +111,11 @@ def print_classes(paths: list[Path], logits: np.ndarray, classes: tuple[str, ...
         print(f"{path}: " + ", ".join(f"{classes[i]} {probabilities[i]:.1%}" for i in best))
 
 
-def recorded_data(path: Path) -> str | None:
+def recorded_data(path: Path | str) -> str | None:
     """Where the run of a blocks.h5 had its images from, if they are still there."""
     try:
-        source = Path(files.read_json(path.with_name("args.json"))["starts"][-1]["data"])
+        record = files.read_json(Path(path).with_name("args.json"))
+        source = Path(record["starts"][-1]["data"])
         return str(source) if source.exists() else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -144,6 +147,8 @@ def main() -> None:
         f"layers, trained on {description.dataset}, seed {description.seed}, "
         f"epoch {description.epoch}"
     )
+    if first := functions.first_start():
+        print(first, flush=True)
     if args.images:
         x = np.stack([read_image(image) for image in args.images])
         y = np.zeros(len(x), np.int32)

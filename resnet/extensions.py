@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import chainer
 import numpy as np
@@ -20,7 +21,7 @@ from chainer import training
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 from chainer.training.extensions import LogReport
 
-from resnet import arrays, files, functions
+from resnet import arrays, files, flags, functions
 from resnet.arrays import Kind
 from resnet.command import InputError, clock, unheard
 from resnet.parallel import ALONE, Processes
@@ -216,15 +217,19 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: object) -> None:
-        if self._signal is None:
+        first = self._signal is None
+        if first:
             self._signal = signal.Signals(number)
-        elif number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            text = "finishing this iteration, then a snapshot"
+            if not first:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                text += (
+                    "; Ctrl-C once more ends it at once and loses the last "
+                    f"{self.unsaved():.0f} s of training"
+                )
             with contextlib.suppress(OSError):  # not print, which may be what was interrupted
-                os.write(2, (
-                    "\nstops with a snapshot after this iteration; Ctrl-C once more ends it at "
-                    f"once and loses the last {self.unsaved():.0f} s of training\n"
-                ).encode())  # fmt: skip
+                os.write(2, f"\n{text}\n".encode())
 
 
 class UntilDone:
@@ -416,18 +421,20 @@ def _expected(updater) -> dict[str, Kind]:
 
 
 def refuse_other_run(where: str, found: dict, wanted: dict) -> None:
-    """Raise ``InputError`` naming the first thing in which two runs differ."""
+    """Raise ``InputError`` naming the flags of the first thing in which two runs differ."""
     for key in {**wanted, **found}:
         if found.get(key) != wanted.get(key):
             raise InputError(
-                f"{where}: of a run with {key} = {found.get(key)}, "
-                f"asked for is {key} = {wanted.get(key)}; "
-                "give that run's flags, or another --out"
+                f"{where}: holds {flags.spell(key, found, wanted)}, asked for is "
+                f"{flags.spell(key, wanted, found)}; give that run's flags, or another --out"
             )
 
 
 class Progress(training.Extension):
     """One printed line per epoch; on a terminal also a bar with the time left.
+
+    Both fit the terminal's width, as it is when they are printed: columns are left out, then the
+    bar gets shorter.
 
     Args:
         log_report: The trainer's ``LogReport``, whose newest entry is printed.
@@ -437,48 +444,83 @@ class Progress(training.Extension):
 
     priority = AFTER_LOG
     BAR = 30
+    WIDTHS: ClassVar = {"epoch": 5, "iteration": 9, "rate": 6, "train loss": 10, "train error": 11,
+              "test error": 16, "time": 8, "left": 8}  # fmt: skip
+    NEEDLESS = ("left", "iteration", "time", "rate", "train error")  # left out in this order
 
     def __init__(self, log_report, evaluation: str, iterations: int, out=sys.stdout) -> None:
         self.log_report = log_report
         self.evaluation = evaluation
         self.iterations = iterations
         self.out = out
-        self._bar, self._bar_at = False, 0.0
+        self._bar_at = 0.0
+        self._head: list[str] = []
+        self._terminal = False
 
     def initialize(self, trainer) -> None:
         # A launcher may give its processes a terminal that is none; the jobs say that it is dumb.
         alone = trainer.updater.processes.size == 1
-        self._bar = alone and self.out.isatty() and os.environ.get("TERM") != "dumb"
+        self._terminal = alone and self.out.isatty() and os.environ.get("TERM") != "dumb"
         self._start = time.monotonic(), trainer.updater.iteration
         self._printed = len(self.log_report.log)
-        self._write(
-            "epoch  iteration   rate    train loss  train error  "
-            f"{self.evaluation + ' error':>16}  {'time':>8}  {'left':>8}\n"
-        )
+        self._print_head()
 
     def __call__(self, trainer) -> None:
         log = self.log_report.log
+        left = clock(self._left(trainer))
         if len(log) > self._printed:
             self._printed = len(log)
             entry = log[-1]
-            self._write(
-                ("\r\033[K" if self._bar else "")
-                + f"{entry['epoch']:5d}  {entry['iteration']:9d}  {entry['lr']:<6g}  "
-                f"{entry['main/loss']:10.4f}  {1 - entry['main/accuracy']:11.2%}  "
-                f"{1 - entry[self.evaluation + '/main/accuracy']:16.2%}  "
-                f"{clock(entry['elapsed_time']):>8}  {clock(self._left(trainer)):>8}\n"
-            )
-        if self._bar and time.monotonic() - self._bar_at > 0.25:
+            cells = {
+                "epoch": f"{entry['epoch']:5d}",
+                "iteration": f"{entry['iteration']:9d}",
+                "rate": f"{entry['lr']:<6g}",
+                "train loss": f"{entry['main/loss']:10.4f}",
+                "train error": f"{1 - entry['main/accuracy']:11.2%}",
+                "test error": f"{1 - entry[self.evaluation + '/main/accuracy']:16.2%}",
+                "time": f"{clock(entry['elapsed_time']):>8}",
+                "left": f"{left:>8}",
+            }
+            self._clear()
+            self._print_head()
+            self._write("  ".join(cells[name] for name in self._head)[: self._width()] + "\n")
+        if self._terminal and time.monotonic() - self._bar_at > 0.25:
             self._bar_at = time.monotonic()
-            iteration = trainer.updater.iteration
-            marks = "#" * (self.BAR * iteration // self.iterations)
-            self._write(
-                f"\r\033[K[{marks:.<{self.BAR}}] iteration {iteration} of {self.iterations}, "
-                f"{clock(self._left(trainer))} left"
-            )
+            iteration, width = trainer.updater.iteration, self._width()
+            text = f"iteration {iteration} of {self.iterations}, {left} left"
+            bar = min(self.BAR, width - len(text) - 3)
+            marks = "#" * (bar * iteration // self.iterations)
+            text = f"[{marks:.<{bar}}] {text}" if bar > 0 else text
+            self._clear()
+            self._write(text[:width])
 
     def finalize(self) -> None:
-        if self._bar:
+        self._clear()
+
+    def _print_head(self) -> None:
+        """Print the columns' names, at first and where a new width lets others in or out."""
+        width, names = self._width(), list(self.WIDTHS)
+        for name in self.NEEDLESS:
+            if sum(2 + self.WIDTHS[each] for each in names) - 2 > width:
+                names.remove(name)
+        if names != self._head:
+            self._head = names
+            titles = {"rate": "rate  ", "test error": f"{self.evaluation} error"}
+            cells = (f"{titles.get(name, name):>{self.WIDTHS[name]}}" for name in names)
+            self._write("  ".join(cells)[:width] + "\n")
+
+    def _width(self) -> int:
+        """Letters that fit a line: in the last column, some terminals begin a new one."""
+        if not self._terminal:
+            return sys.maxsize
+        try:
+            columns = os.get_terminal_size(self.out.fileno()).columns
+        except (OSError, ValueError):
+            columns = 0
+        return (columns or 80) - 1
+
+    def _clear(self) -> None:
+        if self._terminal:
             self._write("\r\033[K")
 
     def _write(self, text: str) -> None:

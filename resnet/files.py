@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -23,12 +22,13 @@ SEAL = b"\nsha256 of all before: "  # and the digest end a saved file
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path | str) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name once the body has succeeded.
 
     Raises:
         OSError: It cannot be written, for instance on a full disk; ``filename`` is ``path``.
     """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -120,7 +120,7 @@ def read_json(path: Path) -> object:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path | str) -> Iterator[None]:
     """The right to write into ``folder``, which one process at a time has.
 
     The system gives it back however the process ends. What an ended writer has left half
@@ -130,6 +130,9 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises:
         InputError: Another process has it.
     """
+    import fcntl  # Unix alone has it, and only who writes a folder needs it
+
+    folder = Path(folder)
     with open(folder / ".writer", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -169,7 +172,7 @@ def run_name(net: str, seed: int, choices: dict) -> str:
     return "-".join([net, *words, f"seed{seed}"])
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path | str, value: object) -> None:
     """Write ``value`` as indented JSON."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import chainer
@@ -146,6 +147,52 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(
             "--resume: one snapshot is of one network; legal: with one --n and one run", USAGE
         )
+
+
+def spell(key: str, run: dict, other: dict) -> str:
+    """The flags that make a run what it is in one point, as they would be typed.
+
+    Args:
+        key: The point, a key of ``Run.identity``.
+        run: The identity of the run.
+        other: That of a run which differs from it in this point.
+    """
+    value = run.get(key)
+    match key:
+        case "n" | "seed" | "batchsize":
+            return f"--{key} {value}"
+        case "data":
+            return f"--data with {value}"
+        case "training images":
+            return f"--subset {value}"
+        case "evaluation":
+            return "--validate" if value == "validation" else "no --validate"
+        case "warm-up":
+            return f"--warmup {'on' if value else 'off'}"
+        case "augmentation":
+            return f"--augmentation {value or 'report'}"
+        case "scale":
+            return f"--scale {1 if value is None else value}"
+        case "freeze" | "new ends":
+            return ("" if value else "no ") + f"--{key.replace(' ', '-')}"
+        case "schedule":
+            return _spell_schedule(run, other)
+    return f"{key} {value}"
+
+
+def _spell_schedule(run: dict, other: dict) -> str:
+    plan = run["schedule"]
+    name, _, factor = plan["name"].partition(" / ")
+    shorten = f" --shorten {factor}" if factor else ""
+    if name in ("he2015", "report100"):
+        return f"--schedule {name}{shorten}"
+    epoch = run["training images"] / run["batchsize"]  # iterations
+    if name != "custom":  # of partial training, whose stages are told apart before
+        return f"{plan['iterations'] / epoch:g} epochs{' in all' * (name == 'partial')} (--epoch)"
+    text = f"--epoch {math.floor(plan['iterations'] / epoch)}{shorten}"
+    if other["schedule"]["iterations"] == plan["iterations"]:
+        text += " --drops " + " ".join(f"{drop / epoch:g}" for drop in plan["drops"])
+    return text
 
 
 def find_device(name: str | None, local: int = 0) -> chainer.backend.Device:

@@ -16,7 +16,7 @@ import time
 import chainer
 import numpy as np
 
-from resnet import command
+from resnet import command, record
 from resnet.command import USAGE, InputError
 
 COMMUNICATORS = ("naive", "flat", "pure_nccl")
@@ -108,7 +108,7 @@ def join(name: str | None) -> Processes:
         _share_fate(processes)
     # Threads of each process, unless someone has said how many: a launcher may bind each of them
     # to cores of its own, several to the same ones, or none.
-    here = platform.node(), os.sched_getaffinity(0)
+    here = platform.node(), record.processors()
     there = communicator.mpi_comm.allgather(here)
     cores = set().union(*(cores for node, cores in there if node == here[0]))
     threads = max(1, len(cores) // communicator.intra_size)

@@ -23,9 +23,24 @@ CODE = ("resnet", "experiments")  # whose files a run is made from
 LARGEST_DIFF = 200_000  # characters of a modified checkout's diff that are kept
 
 
-def command(interpreter: str = "python") -> str:
-    """The command line of this process; with ``sys.executable`` one that any shell runs again."""
-    return shlex.join([interpreter, *sys.orig_argv[1:]])
+def command() -> str:
+    """The command line of this process, to be typed again; with any interpreter as ``python``."""
+    words = sys.orig_argv[1:]
+    if words and Path(words[0]).name == "chainer-resnet":
+        return shlex.join(["chainer-resnet", *words[1:]])
+    return shlex.join(["python", *words])
+
+
+def command_here() -> str:
+    """The command line of this process, to be typed again in any shell of this computer."""
+    return shlex.join([sys.executable, *sys.orig_argv[1:]])
+
+
+def processors() -> set[int]:
+    """Those that this process may use; on macOS, which cannot say, all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def device_name(device: chainer.backend.Device) -> str:
@@ -33,7 +48,7 @@ def device_name(device: chainer.backend.Device) -> str:
     if device.xp is not np:
         properties = device.xp.cuda.runtime.getDeviceProperties(device.device.id)
         return f"GPU {device.device.id}, {properties['name'].decode()}"
-    return f"CPU, {processor()}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}"
+    return f"CPU, {processor()}, {len(processors())} cores, {platform.machine()}"
 
 
 def processor() -> str:

@@ -261,7 +261,7 @@ class Run:
             launcher = f"mpirun -np {processes.size} " if processes.size > 1 else ""
             with unheard(sys.stdout):
                 print(f"stopped by {reason} after iteration {iteration}{wrote}")
-                print(f"to go on: {launcher}{record.command(sys.executable)}", flush=True)
+                print(f"to go on: {launcher}{record.command_here()}", flush=True)
             processes.wait()  # a launcher may end all when one has ended
             sys.exit(UNFINISHED)
         if processes.rank == 0:
@@ -396,6 +396,8 @@ class Run:
         print(f"# Run folder: {self.folder}")
         if resumed:
             print(f"# Going on from {resumed}, iteration {updater.iteration:,}")
+        if first := functions.first_start():
+            print(first)
         print(flush=True)
 
     def _start(self, iteration: int) -> dict:
@@ -458,7 +460,7 @@ def read_starts(folder: Path, identity: dict) -> list[dict]:
         raise InputError(
             f"{path}: not the record of a run; remove it or choose another --out"
         ) from None
-    extensions.refuse_other_run(str(path), found, identity)
+    extensions.refuse_other_run(str(folder), found, identity)
     return starts
 
 

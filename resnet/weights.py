@@ -26,6 +26,23 @@ from resnet.command import InputError, reason
 from resnet.network import ARCHITECTURES, BLOCKS, GROUPS, Network
 
 IMAGE = (3, 32, 32)  # shape of an image of CIFAR-10
+ABOUT = {  # attributes for who has an HDF5 reader and nothing of ours; the README has them, too
+    "format": "1",
+    "input": "RGB images, (N, 3, 32, 32): value / 255 - mean",
+    "layout": "convolutions: W (out, in, row, column), padding 1, no bias; fc: W (out, in), b",
+    "normalization": "bn(x) = gamma * (x - avg_mean) / sqrt(avg_var + epsilon) + beta",
+    "epsilon": 2e-5,
+    "network": "conv1: ReLU(bn(conv(x))); the blocks conv2, conv3, conv4: modules 0 .. n-1 in a "
+    "row; mean over the pixels; fc: logits, in the order of classes",
+    "module": "F = bn2(conv2(ReLU(bn1(conv1(x))))); plain: ReLU(F); resnet, resresnet: "
+    "ReLU(F + A(x)); resresnet: a block's output y is ReLU(y + A(x)), x its input",
+    "stride": "2 in conv1 of module 0 of conv3 and conv4; else 1",
+    "shortcut": "A, option A: where sizes differ every second pixel, then channels of zeros behind",
+    "absent": "a block that groups does not name: mean over 2 x 2 pixels where its stride is 2, "
+    "then channels of zeros behind",
+    "N": "Chainer's count of updates of the statistics; no part of the function",
+    "license": "MIT",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,7 @@ class Description:
     version: str = __version__
 
 
-def save(path: Path, network: Network, description: Description, mean: np.ndarray) -> None:
+def save(path: Path | str, network: Network, description: Description, mean: np.ndarray) -> None:
     """Write the weights and batch-normalization statistics of the groups that are present.
 
     Args:
@@ -52,9 +69,10 @@ def save(path: Path, network: Network, description: Description, mean: np.ndarra
         description: What it is.
         mean: Per-pixel mean of the training images, float32 (3, 32, 32), in units of 0..1.
     """
+    path = Path(path)
     content = io.BytesIO()  # HDF5 itself crashes the process on a full disk
     with h5py.File(content, "w") as file:
-        for key, value in asdict(description).items():
+        for key, value in {**ABOUT, **asdict(description)}.items():
             file.attrs[key] = value
         file.attrs["sealed"] = True
         file["mean"] = chainer.cuda.to_cpu(mean)
@@ -64,7 +82,7 @@ def save(path: Path, network: Network, description: Description, mean: np.ndarra
         temporary.write_bytes(files.seal(content.getvalue()))
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path | str) -> Description:
     """Read what the weights in ``path`` are.
 
     Raises:
@@ -74,7 +92,7 @@ def describe(path: Path) -> Description:
         return _describe(file)
 
 
-def read_mean(path: Path) -> np.ndarray:
+def read_mean(path: Path | str) -> np.ndarray:
     """The per-pixel mean that the network of ``path`` was trained with, float32 (3, 32, 32)."""
     with _open(path) as file:
         mean = _array(file, "mean", Kind("float32", IMAGE))
@@ -84,7 +102,7 @@ def read_mean(path: Path) -> np.ndarray:
 
 
 def load(
-    path: Path, network: Network, architecture: str, groups: Collection[str] | None = None
+    path: Path | str, network: Network, architecture: str, groups: Collection[str] | None = None
 ) -> None:
     """Load blocks from ``path`` into ``network``.
 
@@ -120,7 +138,7 @@ def load(
         NpzDeserializer(found, f"{name}/").load(network[name])
 
 
-def restore(path: Path) -> tuple[Network, Description]:
+def restore(path: Path | str) -> tuple[Network, Description]:
     """Build the network that ``path`` describes and load its weights."""
     description = describe(path)
     network = ARCHITECTURES[description.architecture](description.n, present=description.groups)
@@ -129,8 +147,9 @@ def restore(path: Path) -> tuple[Network, Description]:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[h5py.File]:
+def _open(path: Path | str) -> Iterator[h5py.File]:
     """The HDF5 file; whatever is found to be wrong with it becomes an ``InputError``."""
+    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; legal: blocks.h5 of a run")
     try:

@@ -203,3 +203,47 @@ def test_an_old_script_runs_with_one_more_line(world, tmp_path):
     output = run(world + "import resnet.compat\n" + OLD_SCRIPT, cwd=tmp_path)
     assert output.split("\n")[-2] == "True"
     assert {"log", "snapshot_iter_90"} <= {file.name for file in (tmp_path / "result").iterdir()}
+
+
+@both
+@pytest.mark.parametrize("name", ["train.py", "folder/train.py"])
+def test_an_old_script_runs_as_it_is_beside_a_module_of_our_name(world, name, tmp_path):
+    """The script's folder, arguments and name are as ``python train.py`` has them."""
+    script = tmp_path / name
+    script.parent.mkdir(exist_ok=True)
+    (script.parent / "resnet.py").write_text("DEPTH = 50\n")
+    script.write_text(
+        "import sys\nimport chainer, resnet\n"
+        "assert __name__ == '__main__' and __file__ == sys.argv[0]\n"
+        "print(resnet.DEPTH, sys.argv[1:], chainer.__version__)\n"
+    )
+    code = world + "from resnet import compat; compat.main()"
+    done = python("-P", "-c", code, name, "--gpu", "-1", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "50 ['--gpu', '-1'] 7.8.1\n"
+
+
+@pytest.mark.parametrize("module", ["resnet.compat", "resnet compat"])
+def test_an_old_script_runs_from_the_command_line(module, tmp_path):
+    (tmp_path / "old.py").write_text(OLD_SCRIPT)
+    done = python("-m", *module.split(), "old.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split("\n")[-2] == "True"
+
+
+def test_a_script_that_is_not_there_is_named_in_one_line(tmp_path):
+    done = python("-m", "resnet.compat", "old.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 2
+    assert done.stderr == "error: old.py: no such file; legal: a Python script\n"
+
+
+def test_one_command_has_all_of_them(tmp_path):
+    words = {"cwd": tmp_path, "PYTHONPATH": str(ROOT)}
+    listed = python("-m", "resnet", "--help", **words).stdout
+    for name in listed.split(": ")[-1].strip().split(", "):
+        if name != "compat":
+            done = python("-m", "resnet", name, "--help", **words)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.startswith("usage: ") and name in done.stdout
+    done = python("-m", "resnet", "train", **words)
+    assert done.returncode == 2 and "found 'train', legal: " in done.stderr

@@ -15,6 +15,8 @@ from conftest import ROOT, python
 from PIL import Image
 from test_training import read_blocks, read_log
 
+from resnet import evaluate
+
 SMALL = ("--n", "1", "--data", "synthetic", "--subset", "256", "-e", "2", "-b", "64", "-d", "cpu")
 
 
@@ -131,7 +133,8 @@ def test_sigterm_stops_a_run_that_says_how_to_go_on(tmp_path):
         process.terminate()
         rest = process.stdout.read()
     assert process.returncode == 75
-    assert "stopped by SIGTERM after iteration" in rest and f"to go on: {sys.executable}" in rest
+    assert "stopped by SIGTERM after iteration" in rest
+    assert f"to go on: {sys.executable} experiments/resnet.py" in rest
     assert list((tmp_path / "resnet-8-seed0").glob("snapshot_iter_*.npz"))
 
 
@@ -158,6 +161,18 @@ def test_evaluate_names_the_classes_of_image_files(runs, tmp_path):
     done = python(*words, tmp_path / "text.png")
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: --images {tmp_path}/text.png: not a readable image")
+
+
+def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
+    upright = np.random.RandomState(0).randint(256, size=(64, 64, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: the camera was held with its right side down
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(upright).save(tmp_path / "upright.png")
+    turned, expected = (
+        evaluate.read_image(str(tmp_path / name)) for name in ("turned.png", "upright.png")
+    )
+    np.testing.assert_array_equal(turned, expected)
 
 
 def archive(path):

@@ -84,6 +84,6 @@ def test_a_thousand_seeds_are_planned_in_a_second(dataset, tmp_path):
 
 
 def test_the_command_to_go_on_names_the_interpreter_that_runs():
-    script = "import sys; from resnet import record; print(record.command(sys.executable))"
+    script = "from resnet import record; print(record.command_here())"
     shown = python("-c", script, PYTHONPATH=".")
     assert shown.stdout.startswith(f"{sys.executable} -c ")

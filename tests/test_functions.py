@@ -11,9 +11,9 @@ import torch
 from chainer import links as L
 from torch.nn import functional as F
 
-from experiments.torch_network import EPS, option_a
 from resnet import functions, network
 from resnet.functions import onednn, winograd
+from resnet.torch_module import EPS, option_a
 
 TOLERANCE = 1e-5
 

@@ -7,9 +7,10 @@ import torch
 from chainer import links as L
 from torch.nn import functional as F
 
-from experiments.torch_network import TorchNetwork, state, torch_name
+from experiments.torch_network import TorchNetwork
 from resnet import functions
 from resnet.blocks import Block, ResidualBlock
+from resnet.export import state, torch_name
 from resnet.modules import PlainModule, ResidualModule
 from resnet.network import ARCHITECTURES, DEPTHS, GROUPS, Network, layers, plain, resnet, resresnet
 

@@ -239,10 +239,10 @@ def test_other_choices_are_other_runs_beside_each_other(dataset, finished, tmp_p
     # And whoever gives the folder another name is told.
     finished.folder.rename(tmp_path / "aside")
     scaled.folder.rename(finished.folder)
-    with pytest.raises(InputError, match=r"scale = 0\.5, asked for is scale = None"):
+    with pytest.raises(InputError, match=r"holds --scale 0\.5, asked for is --scale 1;"):
         make(dataset, tmp_path, order=finished.order).train()
     (tmp_path / "aside").rename(scaled.folder)
-    with pytest.raises(InputError, match=r"scale = None, asked for is scale = 0\.5"):
+    with pytest.raises(InputError, match=r"holds --scale 1, asked for is --scale 0\.5;"):
         make(dataset, tmp_path, "--scale", "0.5", order=finished.order).train()
 
 

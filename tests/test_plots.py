@@ -8,7 +8,10 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
+import signal
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -71,6 +74,14 @@ def copy_run(name, folder, **identity):
 # Reading
 
 
+def test_paths_may_be_strings(tmp_path, groups):
+    again = logs.read([str(MEASURED)])
+    assert [group.name for group in again] == [group.name for group in groups]
+    assert logs.read_run(str(CHAINER)).evaluation == "validation"
+    curves.save(curves.draw(groups, conditions.labels(groups)), str(tmp_path / "a.png"))
+    assert (tmp_path / "a.png").exists()
+
+
 def test_a_shortened_partial_training_is_told_from_the_reports():
     short, whole = (
         conditions.describe("schedule", {"name": "partial", "iterations": count, "drops": []})
@@ -91,7 +102,7 @@ def test_a_shortened_schedule_is_named_in_tables_and_figures(tmp_path):
     (table,) = find_tables(groups, "III.B")
     assert table.rows[1][3].text == "partial training / 4, 60 iterations in all"
     drawn = [(name, title) for name, title, _ in figures.draw(figures.PICTURES[1], groups)]
-    assert [name for name, _ in drawn][1] == "fig5-schedule-he2015-4"
+    assert [name for name, _ in drawn][1] == "fig5-he2015-4"
     assert "he2015 / 4" in drawn[1][1]
 
 
@@ -550,6 +561,40 @@ def test_page_is_whole_and_needs_nothing_else(groups):
         assert claim.text in text and claim.rule in text and verdict.word in text
 
 
+def test_both_axes_have_ticks_at_numbers_that_can_be_read(groups):
+    figure = curves.draw([find(groups, "resnet", 32)], ["net"])
+    figure.canvas.draw()
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        labels = [
+            text.get_text()
+            for text in axes.get_yticklabels()
+            if low <= text.get_position()[1] <= high and text.get_text()
+        ]
+        assert len(labels) > 1 and all(re.fullmatch(r"[125]0*|0\.0*[125]", text) for text in labels)
+
+
+def test_pictures_of_other_schedules_have_short_names_of_their_own(tmp_path):
+    plan = {"name": "custom", "iterations": 8, "drops": [4, 6]}
+    copy_run("resnet-32-seed0", tmp_path / "a")
+    copy_run("resnet-32-seed0", tmp_path / "b", schedule=plan, batchsize=50)
+    copy_run("resnet-32-seed0", tmp_path / "c", schedule={**plan, "drops": [2]}, batchsize=50)
+    names = [name for name, _, _ in figures.draw(figures.PICTURES[1], logs.read([tmp_path]))]
+    assert len(set(names)) == 3 and max(map(len, names)) < 30
+    assert {"fig5-4-epochs-batch-50", "fig5-4-epochs-batch-50-2"} < set(names)
+
+
+def test_a_schedule_of_which_nothing_is_finished_has_no_table_of_its_own(tmp_path):
+    copy_run("resnet-32-seed0", tmp_path / "a")
+    copy_run("resnet-20-seed0", tmp_path / "b",
+             schedule={"name": "he2015", "iterations": 64_000, "drops": []})  # fmt: skip
+    groups = logs.read([tmp_path])
+    (table,) = find_tables(groups, "Fig. 6")
+    assert [row[3] for row in texts(table)].count(results.BLANK) == 4
+    (others,) = find_tables(groups, "Other runs")
+    assert [row[0].split(",")[0] for row in texts(others)] == ["ResNet-20"]
+
+
 # Command line
 
 
@@ -570,6 +615,38 @@ def test_curves_writes_the_format_of_the_name(work, name):
     path = work / name
     content = path.read_bytes()
     assert content.startswith(SIGNATURES[path.suffix.lower()]) and len(content) > 5000
+
+
+def test_curves_are_drawn_again_while_training_goes_on(tmp_path):
+    words = [sys.executable, ROOT / "plots/curves.py", tmp_path / "runs", "-o", tmp_path / "a.png"]
+    watching = subprocess.Popen(
+        [*words, "--watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # As in a terminal: a shell's background jobs ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        for count in (1, 2):
+            copy_run("resnet-32-seed0", tmp_path / "new")
+            log = tmp_path / "new/log"
+            log.write_text(json.dumps(json.loads(log.read_text())[:count]))
+            shutil.copytree(tmp_path / "new", tmp_path / "runs/run", dirs_exist_ok=True)
+            shutil.rmtree(tmp_path / "new")
+            assert watching.stdout.readline() == f"wrote {tmp_path / 'a.png'}\n"
+        watching.send_signal(signal.SIGINT)
+        out, error = watching.communicate(timeout=30)
+    finally:
+        watching.kill()
+    assert (watching.returncode, out) == (0, "") and "Traceback" not in error
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_silently(tmp_path):
+    for i in range(300):  # more than a pipe holds
+        copy_run("resnet-20-seed0", tmp_path / f"run{i}", batchsize=i + 1)
+    words = [sys.executable, str(ROOT / "plots/tables.py"), str(tmp_path)]
+    line = shlex.join(words) + " | head -n 1"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("### Fig. 6: residual networks\n", "")
 
 
 def test_figures_writes_png_and_pdf_and_names_what_is_missing(work):

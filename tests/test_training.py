@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import chainer
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, python
 
-from resnet import extensions, files, flags, network, training, weights
+from resnet import extensions, files, flags, network, schedule, training, weights
 from resnet.command import InputError
 from resnet.updater import Images
 
@@ -544,7 +545,7 @@ def test_resume_refuses_what_is_no_snapshot_of_this_run(dataset, tmp_path, monke
         (missing, 1, "no such file"),
         (text, 1, "not a readable snapshot"),
         (model, 1, "weights but not the state"),
-        (snapshot, 2, "n = 1, asked for is n = 2"),
+        (snapshot, 2, "holds --n 1, asked for is --n 2; "),
     ]
     for path, n, message in cases:
         run = make_run(dataset, tmp_path / f"out{n}", "--resume", str(path), n=n)
@@ -554,8 +555,46 @@ def test_resume_refuses_what_is_no_snapshot_of_this_run(dataset, tmp_path, monke
 
 
 def test_a_folder_of_another_run_is_refused(dataset, finished, tmp_path):
-    with pytest.raises(InputError, match="batchsize = 16, asked for is batchsize = 8"):
+    with pytest.raises(InputError, match="holds --batchsize 16, asked for is --batchsize 8"):
         make_run(dataset, tmp_path, "-b", "8").train()
+
+
+@pytest.mark.parametrize(
+    ("words", "holds", "asked"),
+    [
+        (("-e", "2"), "--epoch 3", "--epoch 2"),
+        (("-e", "3", "--drops", "1"), "--epoch 3 --drops 1.6 2.4", "--epoch 3 --drops 1.2"),
+        (("--subset", "20", "-e", "3"), "--subset 40", "--subset 20"),
+        (("--warmup", "on", "-e", "3"), "--warmup off", "--warmup on"),
+    ],
+)
+def test_a_folder_of_another_run_is_told_in_flags(dataset, tmp_path, words, holds, asked):
+    run = make_run(dataset, tmp_path)
+    other = make_run(dataset, tmp_path, *words)
+    assert other.folder == run.folder
+    run.folder.mkdir()
+    training.write_record(run.folder, run.identity, [])
+    with pytest.raises(InputError) as error:
+        other.train()
+    assert str(error.value) == (
+        f"{run.folder}: holds {holds}, asked for is {asked}; "
+        "give that run's flags, or another --out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("plan", "flag"),
+    [
+        (schedule.he2015(), "--schedule he2015"),
+        (schedule.he2015().shortened(4), "--schedule he2015 --shorten 4"),
+        (schedule.report100(50_000, 128), "--schedule report100"),
+        (schedule.epochs(7, (4, 5), 50_000, 128), "--epoch 7"),
+    ],
+)
+def test_a_schedule_is_told_in_flags(plan, flag):
+    sizes = {"training images": 50_000, "batchsize": 128}
+    other = {"schedule": {"iterations": 0}}
+    assert flags.spell("schedule", {**sizes, "schedule": asdict(plan)}, other) == flag
 
 
 def test_a_shortened_run_lies_beside_the_full_one_and_is_no_other_run(dataset, tmp_path):
@@ -660,27 +699,69 @@ def test_a_diverged_run_is_logged_to_its_end(dataset, tmp_path, monkeypatch, cap
     assert "last epoch (3)" in capsys.readouterr().out
 
 
-def test_progress_on_a_terminal_shows_a_bar_with_the_time_left(dataset, tmp_path, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+def test_ctrl_c_says_that_the_iteration_is_being_finished(capfd):
+    with extensions.StopRequest() as request:
+        signal.raise_signal(signal.SIGINT)
+        assert request.reason == "SIGINT"
+    assert "finishing this iteration, then a snapshot" in capfd.readouterr().err
 
-    run = make_run(dataset, tmp_path)
+
+class Terminal(io.StringIO):
+    """A terminal of some width, which changes with every line when there are several."""
+
+    def __init__(self, *widths):
+        super().__init__()
+        self.widths = itertools.cycle(widths)
+
+    def isatty(self):
+        return True
+
+    def fileno(self):
+        return self
+
+    def size(self):
+        return os.terminal_size((next(self.widths), 24))
+
+
+def shown_on(terminal, dataset, out, monkeypatch):
+    """What a run writes to a terminal, as the lines that it overwrites one another."""
+    monkeypatch.setattr(os, "get_terminal_size", Terminal.size)
+    run = make_run(dataset, out)
     run.folder.mkdir(parents=True)
     trainer, _ = run.make_trainer()
-    progress = trainer.get_extension("Progress")
-    progress.out = Terminal()
+    trainer.get_extension("Progress").out = terminal
+    trainer.run()
+    return terminal.getvalue().replace("\r\033[K", "\n").split("\n")
+
+
+@pytest.mark.parametrize("width", [200, 88, 80, 60, 40, 20, 10])
+def test_progress_fits_a_terminal_of_any_width(dataset, tmp_path, monkeypatch, width):
     monkeypatch.setenv("TERM", "xterm")
-    trainer.run()
-    text = progress.out.getvalue()
-    assert "iteration 1 of 8" in text and "left" in text
-    assert len([line for line in text.split("\n") if " 0.1 " in line]) == 1
-    monkeypatch.setenv("TERM", "dumb")  # a terminal that a launcher gives a process in a job
-    trainer, _ = run.make_trainer()
-    progress = trainer.get_extension("Progress")
-    progress.out = Terminal()
-    trainer.run()
-    assert "\r" not in progress.out.getvalue()
+    lines = shown_on(Terminal(width), dataset, tmp_path, monkeypatch)
+    assert max(map(len, lines)) < width
+    assert len([line for line in lines if line.startswith("epoch")]) == 1
+    if width >= 40:
+        (bar,) = [line for line in lines if "iteration 1 of 8" in line]
+        assert "left" in bar and bar.startswith("[")
+        assert "test error" in next(line for line in lines if line.startswith("epoch"))
+    assert len([line for line in lines if re.match(r" +[123]  ", line)]) == 3
+
+
+def test_progress_follows_a_resize_and_names_its_columns_again(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    lines = shown_on(Terminal(100, 50, 50, 50), dataset, tmp_path, monkeypatch)
+    heads = [line for line in lines if line.startswith("epoch")]
+    assert len(set(heads)) == 2 and "left" in heads[0]
+
+
+def test_there_is_no_bar_on_the_terminal_that_a_launcher_gives_its_processes(
+    dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Terminal(80)
+    shown_on(terminal, dataset, tmp_path, monkeypatch)
+    assert "\r" not in terminal.getvalue() and "of 8" not in terminal.getvalue()
+    assert "left" in terminal.getvalue()  # and every column
 
 
 @pytest.mark.parametrize("name", ["7", "gpu", "-2", "@cupy:9", "1.5"])

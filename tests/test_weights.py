@@ -8,11 +8,12 @@ import chainer
 import h5py
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_training import flips
 
-from experiments.torch_network import state
 from resnet import network, weights
 from resnet.command import InputError
+from resnet.export import state
 from resnet.network import ARCHITECTURES, GROUPS
 
 MEAN = np.linspace(0, 1, 3 * 32 * 32, dtype=np.float32).reshape(3, 32, 32)
@@ -77,6 +78,60 @@ def test_file_says_what_it_holds_to_any_hdf5_reader(saved):
         w = file["conv3/0/conv1/W"]
         np.testing.assert_array_equal(w[()], net.conv3[0].conv1.W.array)
         assert w.dtype == np.float32
+
+
+def numpy_logits(path, images):
+    """What a file says of itself, done with h5py and NumPy alone."""
+    with h5py.File(path) as file:
+        at, relu = file.attrs, lambda x: np.maximum(x, 0)
+
+        def conv(x, w, stride=1):
+            x = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+            x = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (2, 3))
+            return np.einsum(
+                "nchwij,kcij->nkhw", x[:, :, ::stride, ::stride], w["W"], optimize=True
+            )
+
+        def bn(x, g):
+            gamma, beta, mean, var = (
+                g[k][:][:, None, None] for k in ("gamma", "beta", "avg_mean", "avg_var")
+            )
+            return gamma * (x - mean) / np.sqrt(var + at["epsilon"]) + beta
+
+        def a(x, y):
+            x = x[:, :, :: x.shape[2] // y.shape[2], :: x.shape[3] // y.shape[3]]
+            return np.pad(x, ((0, 0), (0, y.shape[1] - x.shape[1]), (0, 0), (0, 0)))
+
+        x = relu(bn(conv(images / 255 - file["mean"], file["conv1/conv"]), file["conv1/bn"]))
+        for name, block in ((name, file[name]) for name in ("conv2", "conv3", "conv4")):
+            start = x
+            for i in range(at["n"]):
+                m, stride = block[str(i)], 2 if name != "conv2" and i == 0 else 1
+                y = bn(conv(relu(bn(conv(x, m["conv1"], stride), m["bn1"])), m["conv2"]), m["bn2"])
+                x = relu(y if at["architecture"] == "plain" else y + a(x, y))
+            x = relu(x + a(start, x)) if at["architecture"] == "resresnet" else x
+        return x.mean((2, 3)) @ file["fc/W"][:].T + file["fc/b"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_file_explains_itself_to_who_has_h5py_and_numpy_alone(architecture, tmp_path):
+    path, net = tmp_path / "blocks.h5", trained(architecture, 2)
+    weights.save(str(path), net, describe(architecture, 2), MEAN)
+    images = np.random.RandomState(0).randint(256, size=(3, 3, 32, 32)).astype(np.uint8)
+    with chainer.using_config("train", False):
+        expected = net((images / 255 - MEAN).astype(np.float32)).array
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(numpy_logits(path, images) / scale, expected / scale, atol=1e-4)
+    with h5py.File(path) as file:
+        assert file.attrs["epsilon"] == net.conv1.bn.eps
+
+
+def test_the_readme_explains_every_attribute_of_a_file(saved):
+    path, _ = saved
+    text = (ROOT / "README.md").read_text()
+    with h5py.File(path) as file:
+        missing = [name for name in file.attrs if f"`{name}`" not in text]
+    assert not missing
 
 
 @pytest.mark.parametrize("groups", [("conv2",), ("conv1", "fc"), ()])

@@ -7,8 +7,11 @@ and nothing else; which backend computes them is decided here and nowhere else.
 from __future__ import annotations
 
 import os
+import platform
+import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import chainer
@@ -55,10 +58,10 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
     if name in ("onednn", "winograd"):
         if gpu:
             raise ValueError("computes on the CPU; legal with a GPU: auto, chainer, cuda")
-        possible, reason = onednn.available(by_tiles=name == "winograd")
+        possible, reason = _fast_cpu(by_tiles=name == "winograd")
         if not possible:
             raise ValueError(reason)
-    possible, reason = onednn.available()
+    possible, reason = _fast_cpu()
     _backend = onednn if possible and not gpu and name != "chainer" else stock
     if _backend is onednn:
         onednn.start(by_tiles=name != "onednn")
@@ -69,6 +72,28 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
     if name == "auto" and not possible:
         return f"{_backend.describe()}; faster on a CPU with oneDNN: {reason}"
     return _backend.describe()
+
+
+def _fast_cpu(by_tiles: bool = False) -> tuple[bool, str]:
+    """``onednn.available``; where its packages are not made for, that is the reason."""
+    possible, reason = onednn.available(by_tiles=by_tiles)
+    here = f"{sys.platform} {platform.machine()}"
+    if possible or here == "linux x86_64":
+        return possible, reason
+    return False, f"its package is for Linux on x86-64, found {here}"
+
+
+def first_start() -> str:
+    """What to say before the first step where kernels are still to be compiled, else ''.
+
+    Numba keeps what it has compiled, so that it is said and waited for once.
+    """
+    if _backend is not onednn:
+        return ""
+    compiled = Path(onednn.kernels.convolve.stats.cache_path).glob("kernels.*.nbc")
+    return (
+        "" if any(compiled) else "First start: the kernels are compiled now, about a minute, once."
+    )
 
 
 def _after_fork() -> None:

@@ -1,0 +1,231 @@
+"""Networks that leave for ONNX and PyTorch, and those that come from there."""
+
+import ast
+import subprocess
+import sys
+
+import chainer
+import numpy as np
+import pytest
+import torch
+from conftest import python
+from test_weights import trained
+from torch import nn
+from torch.nn import functional as F
+
+from resnet import export, extensions, functions, weights
+from resnet.command import InputError
+from resnet.network import ARCHITECTURES, resnet
+from resnet.updater import Images
+
+MEAN = np.random.RandomState(5).rand(3, 32, 32).astype(np.float32)
+CLASSES = ("Wagen", "鳥", '"', "d", "e", "f", "g", "h", "i", "j")
+IMAGES = np.random.RandomState(6).randint(256, size=(7, 3, 32, 32)).astype(np.uint8)
+
+
+def logits(network, mean, x=IMAGES):
+    images = Images(x, np.zeros(len(x), np.int32), mean, chainer.get_device("@numpy"))
+    return extensions.predict(network, images)
+
+
+@pytest.fixture(autouse=True)
+def backend_is_put_back(monkeypatch):
+    monkeypatch.setattr(functions, "_backend", functions._backend)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def saved(request, tmp_path):
+    """A blocks.h5 and the network in it."""
+    net = trained(request.param)
+    path = tmp_path / "blocks.h5"
+    description = weights.Description(request.param, 1, "CIFAR-10", CLASSES, 0, 3, 99)
+    weights.save(path, net, description, MEAN)
+    return path, net
+
+
+def test_an_onnx_model_gives_the_same_logits_for_any_number_of_images(saved, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    path, net = saved
+    done = python("-m", "resnet.export", path, "--onnx", tmp_path / "net.onnx", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("same class for 100.00%") == 1 and "no test images" in done.stdout
+    session = runtime.InferenceSession(tmp_path / "net.onnx")
+    assert [each.name for each in session.get_inputs()] == ["images"]
+    about = session.get_modelmeta().custom_metadata_map
+    assert about["trained on"] == "CIFAR-10" and "Wagen" in about["classes"]
+    for count in (1, 3, 7):
+        (found,) = session.run(None, {"images": IMAGES[:count] / np.float32(255)})
+        expected = logits(net, MEAN, IMAGES[:count])
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_network_with_one_block_goes_to_onnx_alone(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    net = resnet(1, present=("conv4",))
+    description = weights.Description("resnet", 1, "CIFAR-10", CLASSES, 0, 3, 99, net.groups)
+    weights.save(tmp_path / "blocks.h5", net, description, MEAN)
+    done = python("-m", "resnet.export", "blocks.h5", "--onnx", "net.onnx", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    session = runtime.InferenceSession(tmp_path / "net.onnx")
+    (found,) = session.run(None, {"images": IMAGES / np.float32(255)})
+    np.testing.assert_allclose(found, logits(net, MEAN), atol=1e-4)
+    done = python("-m", "resnet.export", "blocks.h5", "--torch", "net.pt", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --torch: blocks.h5 holds conv1, conv4, fc alone; legal: ")
+    assert not list(tmp_path.glob("*net.p*"))
+
+
+def test_a_state_dict_and_its_module_need_nothing_of_this_project(saved, tmp_path):
+    path, net = saved
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = python("-m", "resnet.export", path, "--torch", elsewhere / "net.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    source = (elsewhere / "net.py").read_text()
+    imports = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert imports == {"torch"}
+    np.save(elsewhere / "images.npy", IMAGES / np.float32(255))
+    code = (
+        "import numpy, torch, net\n"
+        "images = torch.from_numpy(numpy.load('images.npy'))\n"
+        "numpy.save('logits.npy', net.load()(images).detach().numpy())\n"
+        "assert net.CLASSES[1] == '鳥' and len(net.CLASSES) == 10"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=elsewhere, check=True)
+    expected = logits(net, MEAN)
+    found = np.load(elsewhere / "logits.npy")
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_file_that_differs_is_not_written(saved, tmp_path, capsys):
+    path, net = saved
+    content = export.to_torch(net, MEAN)
+    content["fc.weight"] = content["fc.weight"] * 1.001
+
+    def compare(what, theirs):
+        export.check(what, theirs, lambda x: logits(net, MEAN, x), {"images": IMAGES})
+
+    source = export.torch_source(weights.describe(path), tmp_path / "net.pt")
+    with pytest.raises(InputError, match="PyTorch: differs by"):
+        export.write_torch(tmp_path / "net.pt", content, source, compare)
+    assert not list(tmp_path.glob("*net*"))
+
+
+class Foreign(nn.Module):
+    """A ResNet for CIFAR-10 in akamaster's layout, written from its description alone."""
+
+    class Basic(nn.Module):
+        def __init__(self, channels_in, channels, stride):
+            super().__init__()
+            self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+            self.bn1 = nn.BatchNorm2d(channels, momentum=0.5)
+            self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+            self.bn2 = nn.BatchNorm2d(channels, momentum=0.5)
+            self.stride, self.pad = stride, (channels - channels_in) // 2
+
+        def forward(self, x):
+            y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+            s = self.stride
+            return F.relu(y + F.pad(x[:, :, ::s, ::s], (0, 0, 0, 0, self.pad, self.pad)))
+
+    def __init__(self, n):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16, momentum=0.5)
+        for i, (before, after) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
+            first = self.Basic(before, after, 1 + (i > 1))
+            rest = (self.Basic(after, after, 1) for _ in range(n - 1))
+            setattr(self, f"layer{i}", nn.Sequential(first, *rest))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
+def foreign(n=2):
+    """One with the statistics of some images; some channels hardly vary, so epsilon counts."""
+    torch.manual_seed(0)
+    net = Foreign(n)
+    for name, value in net.named_parameters():
+        if "bn" in name:
+            nn.init.uniform_(value, 0.5, 1.5)
+    mean, deviation = (
+        torch.tensor(values)[:, None, None]
+        for values in (export.FOREIGN_MEAN, export.FOREIGN_DEVIATION)
+    )
+    x = (torch.as_tensor(IMAGES) / 255 - mean) / deviation
+    with torch.no_grad():
+        net.conv1.weight[3:6] *= 0.003
+        for _ in range(20):
+            net(x)
+        expected = net.eval()(x).numpy()
+    assert net.bn1.running_var.min() < 1e-4
+    return net, expected
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "best_prec1": 91.0},
+    lambda state: state,
+    lambda state: {k: v for k, v in state.items() if "num_batches" not in k},  # of old PyTorch
+], ids=["checkpoint", "state dict", "old"])  # fmt: skip
+def test_a_foreign_state_dict_becomes_the_same_function(tmp_path, wrap):
+    net, expected = foreign()
+    torch.save(wrap(net.state_dict()), tmp_path / "resnet14.th")
+    network, description, mean = export.from_torch(tmp_path / "resnet14.th")
+    assert (description.architecture, description.n) == ("resnet", 2)
+    np.testing.assert_allclose(logits(network, mean), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_foreign_state_dict_becomes_blocks_that_go_back_to_pytorch(tmp_path):
+    net, expected = foreign(1)
+    torch.save(net.state_dict(), tmp_path / "net.th")
+    done = python("-m", "resnet.export", "net.th", "--h5", "net.h5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    network, _ = weights.restore(tmp_path / "net.h5")
+    mean = weights.read_mean(tmp_path / "net.h5")
+    np.testing.assert_allclose(logits(network, mean), expected, rtol=1e-4, atol=1e-5)
+
+
+def without(name):
+    return lambda state: {key: value for key, value in state.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda state: b"no tensors", "not a readable state dict"),
+        (lambda state: ["a list"], "not a readable state dict"),
+        (lambda state: {"fc.weight": torch.zeros(3)}, "found fc.weight .."),
+        (without("layer2.0.bn1.bias"), "layer2.0.bn1.bias: found nothing, legal: (32,)"),
+        (lambda state: {**state, "bn1.bias": torch.zeros(8)}, "bn1.bias: found (8,), legal: (16,)"),
+        (lambda state: {**state, "layer2.0.shortcut.0.weight": torch.zeros(8)}, "shortcut"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(tmp_path, spoil, reason):
+    content = spoil(foreign(1)[0].state_dict())
+    path = tmp_path / "net.th"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(InputError) as error:
+        export.from_torch(path)
+    assert str(error.value).startswith(f"{path}: ") and reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ((), 2, "nothing to write; legal: --onnx, --torch or --h5"),
+        (("--onnx", "net.pb"), 2, "--onnx: found 'net.pb', legal: a name in .onnx"),
+        (("--torch", "net.pt"), 1, "nowhere: no such file"),
+    ],
+)
+def test_bad_input_of_the_export_is_answered_in_one_line(tmp_path, words, code, message):
+    done = python("-m", "resnet.export", "nowhere", *words, cwd=tmp_path)
+    assert done.returncode == code
+    (line,) = done.stderr.splitlines()
+    assert message in line and not list(tmp_path.iterdir())

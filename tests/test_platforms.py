@@ -1,0 +1,72 @@
+"""Where there is no Linux on x86-64: simulated, in a fresh process each."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, python
+
+MAC = """
+import filelock, os, platform, runpy, sys
+del os.sched_getaffinity
+sys.modules["fcntl"] = sys.modules["numba"] = None  # numba: not among a Mac's packages
+import resnet.evaluate, resnet.partial_training, plots.report
+del sys.modules["fcntl"]
+sys.platform, platform.machine = "darwin", lambda: "arm64"
+sys.argv[0] = "experiments/resnet.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+RUN = ("--n", "1", "--data", "synthetic", "--subset", "64", "-b", "32", "-e", "1")
+
+
+def test_a_mac_trains_with_chainers_own_functions_and_says_why(tmp_path):
+    done = python("-c", MAC, *RUN, "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cores, arm64\n" in done.stdout
+    assert "own functions); faster on a CPU with oneDNN: its package is for Linux on x86-64, found "
+    assert "found darwin arm64" in done.stdout
+    assert (tmp_path / "resnet-8-seed0" / "blocks.h5").exists()
+
+
+def test_a_mac_that_asks_for_the_fast_backend_is_told_in_one_line(tmp_path):
+    done = python("-c", MAC, *RUN, "-o", tmp_path, "--backend", "onednn")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: --backend onednn: its package is for Linux on x86-64, found darwin arm64\n"
+    )
+
+
+def test_windows_gets_one_line():
+    done = python("-c", "import sys; sys.platform = 'win32'; import resnet.training")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: found Windows, legal: Linux or macOS; on Windows, a Linux under WSL 2\n"
+    )
+
+
+@pytest.mark.parametrize("goal", ["demo", "test", "lint", "gpu"])
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ("echo 3.10.13", "is Python 3.10.13"),
+        ("echo 3.99.0", "is Python 3.99.0"),
+        ("exit 1", "is no Python"),
+    ],
+)
+def test_make_refuses_a_python_it_cannot_use_before_anything_else(tmp_path, goal, answer, found):
+    interpreter = tmp_path / "python3"
+    interpreter.write_text(f"#!/bin/sh\n{answer}\n")
+    interpreter.chmod(0o755)
+    words = ["make", "-C", str(ROOT), goal, f"PYTHON={interpreter}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert found in line and "legal: Python 3.11 3.12 3.13" in line and "make PYTHON=" in line
+    assert not (tmp_path / "venv").exists()
+    assert subprocess.run(["make", "-n", *words[1:3], "clean", words[4]]).returncode == 0
+
+
+def test_make_takes_the_python_of_the_tests():
+    words = ["make", "-n", "-C", str(ROOT), "demo", f"PYTHON={sys.executable}", "VENV=nowhere"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0 and "experiments/resnet.py" in done.stdout
