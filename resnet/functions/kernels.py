@@ -156,6 +156,15 @@ def _moments(x, seen, part):
 
 
 @_inline
+def _copy(x, y):
+    """y = x. Numba's own assignment of arrays brings an error message that is slow to compile."""
+    rows, channels = x.shape
+    for i in range(rows):
+        for c in range(channels):
+            y[i, c] = x[i, c]
+
+
+@_inline
 def _mask(g, y):
     """g = 0 where y is 0, in place."""
     rows, channels = y.shape
@@ -245,8 +254,8 @@ def output_gradient(images, h, gy, y, mean, g):
     parts = np.zeros((count, 2, h.shape[2]), np.float64)
     for k in numba.prange(count):
         some = slice(k * images, (k + 1) * images)
-        g[some] = gy[some]
         hs, gs = h[some].reshape(-1, h.shape[2]), g[some].reshape(-1, h.shape[2])
+        _copy(gy[some].reshape(-1, h.shape[2]), gs)
         _mask(gs, y[some].reshape(-1, h.shape[2]))
         _add_sums(hs, gs, mean, parts[k])
     return parts
@@ -338,15 +347,15 @@ def _enter(x, normalization, shortcut, out, padded):
             some = slice(r * rows, (r + 1) * rows)
             inner = padded[i, r + 1, channels:-channels].reshape(rows, width)
             if len(normalization) == 0:
-                inner[:] = x[i, some]
+                _copy(x[i, some], inner)
             elif len(shortcut):
                 scale, shift = normalization[0], normalization[1]
                 _scale_shift_add_relu(x[i, some], scale, shift, shortcut[i, some], out[i, some])
-                inner[:] = out[i, some]
+                _copy(out[i, some], inner)
             else:
                 _scale_shift_relu(x[i, some], normalization[0], normalization[1], inner)
                 if len(out):
-                    out[i, some] = inner
+                    _copy(inner, out[i, some])
 
 
 @_inline
@@ -589,9 +598,10 @@ def _sum_rows(rows):
     """The first row becomes the sum of all."""
     count, width = rows.shape
     for block in numba.prange((width + COLUMNS - 1) // COLUMNS):
-        some = slice(block * COLUMNS, (block + 1) * COLUMNS)
+        end = min((block + 1) * COLUMNS, width)
         for k in range(1, count):
-            rows[0, some] += rows[k, some]
+            for c in range(block * COLUMNS, end):
+                rows[0, c] += rows[k, c]
 
 
 @_compile
