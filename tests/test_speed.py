@@ -12,7 +12,7 @@ import pytest
 from conftest import python
 
 from experiments import speed
-from resnet import flags, functions
+from resnet import command, flags, functions
 from resnet.functions import cuda
 
 
@@ -167,7 +167,8 @@ def test_a_step_that_could_not_be_recorded_is_not_measured(gpu, capsys):
     gpu.stream.refuses = "end_capture"
     [answer] = answers(gpu.device)
     assert "no CUDA graph" in answer["error"]
-    assert "CUDA refuses end_capture" in capsys.readouterr().err
+    stderr = capsys.readouterr().err
+    assert "CUDA refuses end_capture" in stderr and "Traceback" in stderr
 
 
 @pytest.mark.parametrize(("mode", "most"), [(0, len(speed.ON_GPU)), (3, 1)])
@@ -242,9 +243,14 @@ def test_a_measurement_from_the_command_line(tmp_path):
     assert (tmp_path / "speed.md").read_text().strip() == done.stdout.strip()
 
 
-def test_ours_that_fails_is_reported_in_full_and_ends_with_1(tmp_path):
-    words = ("-b", 10**12, "--rounds", "1", "--turn", "0", "-o", tmp_path / "speed")
-    done = python("experiments/speed.py", *words, "--only", "ours", "torch")
-    assert done.returncode == 1 and "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: not run: ours (Unable to allocate")
-    assert "not run: Unable to allocate" in (tmp_path / "speed.md").read_text()
+def test_ours_that_fails_is_reported_in_full_and_ends_with_1(tmp_path, monkeypatch, capfd):
+    script = tmp_path / "broken.py"
+    script.write_text("raise SystemExit('what went wrong')")
+    monkeypatch.setattr(speed, "__file__", str(script))
+    monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
+    words = ["--only", "torch", "ours", "--rounds", "1", "-o", str(tmp_path / "speed")]
+    monkeypatch.setattr(sys, "argv", ["speed.py", *words])
+    with pytest.raises(command.InputError, match=r"^not run: ours \(its process ended") as error:
+        speed.main()
+    assert error.value.code == 1 and capfd.readouterr().err.count("what went wrong") == 2
+    assert "not run: its process ended with status 1" in (tmp_path / "speed.md").read_text()
