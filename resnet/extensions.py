@@ -61,7 +61,9 @@ class Evaluator(training.Extension):
         self.network, self.name, self.processes = network, name, processes
         self.count = len(images)
         self.share = images.part(processes.share(self.count))
-        self._recorded = functions.recorded_evaluation(network, self.share, EVALUATION_BATCH)
+        self._recorded = None
+        if processes.size == 1:  # ChainerMN works on the null stream, which waits for no other
+            self._recorded = functions.recorded_evaluation(network, self.share, EVALUATION_BATCH)
 
     def __call__(self, trainer=None) -> None:
         self.processes.average_statistics(self.network)

@@ -9,6 +9,7 @@ from chainer.serializers import DictionarySerializer, NpzDeserializer
 
 from resnet import cifar10, extensions, functions, network, schedule
 from resnet.functions import cuda
+from resnet.parallel import ALONE, Processes
 from resnet.updater import Images, Updater
 
 pytestmark = pytest.mark.skipif(
@@ -40,14 +41,14 @@ def gpu(monkeypatch):
     memory.check()
 
 
-def make_updater(dataset, net=None, batchsize=16, recorded=True, warm_up=False):
+def make_updater(dataset, net=None, batchsize=16, recorded=True, warm_up=False, processes=ALONE):
     optimizer = functions.momentum_sgd(net or Small(), 0.9, 1e-4)
     device = chainer.get_device("@numpy")
     mean = cifar10.mean_image(dataset.train_x)
     images = Images(dataset.train_x, dataset.train_y, mean, device)
     plan = schedule.Schedule("test", 20, (2, 6))
-    updater = Updater(optimizer, images, batchsize, plan, warm_up, seed=1)
-    assert updater._recorded
+    updater = Updater(optimizer, images, batchsize, plan, warm_up, 1, processes)
+    assert bool(updater._recorded) == (processes is ALONE)
     if not recorded:
         updater._recorded = None
     return updater
@@ -102,6 +103,24 @@ def test_other_augmentation_than_the_reports_is_not_recorded_but_obeyed(gpu, dat
     assert updater._recorded is None and "augment" not in gpu.launched
     updater.iteration = 0
     np.testing.assert_array_equal(updater.batch()[0], updater.images.batch(updater._indices(np))[0])
+
+
+class Second(Processes):
+    """The second of two processes, whose partner does nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.rank, self.size = 1, 2
+
+
+def test_with_several_processes_all_work_stays_on_the_null_stream(gpu, dataset, monkeypatch):
+    """ChainerMN packs and sums gradients there, and waits for no other stream."""
+    updater = make_updater(dataset, processes=Second())
+    evaluator = make_evaluator(updater, dataset, monkeypatch, processes=updater.processes)
+    updater.update()
+    evaluate(evaluator)
+    updater.update()
+    assert gpu.stream.log == [] and gpu.stream.ptr == 0
 
 
 @pytest.mark.parametrize("where", ["begin_capture", "end_capture", "a kernel"])
@@ -188,12 +207,12 @@ def test_the_warm_up_is_not_recorded(gpu, dataset, monkeypatch):
 # The evaluation
 
 
-def make_evaluator(updater, dataset, monkeypatch, batchsize=2):
+def make_evaluator(updater, dataset, monkeypatch, batchsize=2, processes=ALONE):
     monkeypatch.setattr(extensions, "EVALUATION_BATCH", batchsize)
     images = Images(
         dataset.test_x, dataset.test_y, updater.images.mean, chainer.get_device("@numpy")
     )
-    return extensions.Evaluator(updater.optimizer.target, images, "test")
+    return extensions.Evaluator(updater.optimizer.target, images, "test", processes)
 
 
 def evaluate(evaluator):

@@ -23,7 +23,9 @@ EAGER = 3  # calls before the recording: they compile kernels, build plans and f
 class Captured:
     """A function without arguments that is recorded on its fourth call and replayed afterwards.
 
-    If it cannot be recorded, one line on stderr says why and it goes on being called.
+    If it cannot be recorded, one line on stderr says why and it goes on being called. The process
+    must be alone: from here on its work is on a stream of its own, and ChainerMN packs and sums
+    gradients on the null stream without waiting for it.
 
     Args:
         function: All its work is on the GPU, on the same arrays each time.
