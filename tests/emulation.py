@@ -20,6 +20,7 @@ from resnet.functions import cuda, cudnn
 
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")
+CAPABILITY = 90  # of the GPU that is stood in for
 
 
 @functools.cache
@@ -205,8 +206,10 @@ class Graph:
     STEPS = ("validate", "build_operation_graph", "create_execution_plans",
              "deselect_numeric_notes", "check_support", "build_plans")  # fmt: skip
 
-    def __init__(self, frontend, io_data_type, intermediate_data_type, compute_data_type, handle):
+    def __init__(self, frontend, io_data_type, intermediate_data_type, compute_data_type, handle,
+                 sm_version):  # fmt: skip
         assert intermediate_data_type == compute_data_type == "f4"
+        assert sm_version == CAPABILITY  # else the frontend looks for a libcudart.so
         self.frontend, self.handle = frontend, handle
         self.done: list[tuple] = []
         frontend.graphs.append(self)
@@ -342,6 +345,7 @@ def install(monkeypatch, precision="tf32"):
     monkeypatch.setattr(cuda, "precision", precision)
     monkeypatch.setattr(cudnn, "frontend", lambda: frontend)
     monkeypatch.setattr(cudnn, "_create_handle", frontend.create_handle)
+    monkeypatch.setattr(cudnn, "compute_capability", lambda: CAPABILITY)
     monkeypatch.setattr(cudnn, "_stream_of_handle", None)
     monkeypatch.setattr(cudnn, "convolution", functools.cache(cudnn.Convolution))
     monkeypatch.setattr(cudnn, "address", lambda array: array.ctypes.data)

@@ -408,6 +408,7 @@ def test_the_real_frontend_takes_the_graphs(monkeypatch, kind, precision):
     except cudnn.Missing as reason:
         pytest.skip(str(reason))
     monkeypatch.setattr(cudnn, "_handle", lambda: None)
+    monkeypatch.setattr(cudnn, "compute_capability", lambda: 90)
     convolution = cudnn.Convolution((128, 16, 32, 32), 32, 2, precision)
     graph = convolution.graph(kind)
     graph.validate()

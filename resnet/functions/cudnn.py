@@ -76,6 +76,11 @@ def stream() -> int:
     return chainer.cuda.cupy.cuda.get_current_stream().ptr
 
 
+def compute_capability() -> int:
+    """Compute capability of CuPy's current GPU, such as 90."""
+    return int(chainer.cuda.cupy.cuda.Device().compute_capability)
+
+
 @functools.cache
 def _create_handle() -> int:
     return frontend().create_handle()
@@ -156,6 +161,9 @@ class Convolution:
             intermediate_data_type=types.FLOAT,
             compute_data_type=types.FLOAT,
             handle=_handle(),
+            # Without it the frontend asks the CUDA runtime, which it looks for under the names
+            # libcudart.so.12 and .13; CuPy has it within itself, and a wheel's is not found so.
+            sm_version=compute_capability(),
         )
 
         def tensor(uid: int):
