@@ -201,7 +201,11 @@ class Tensor:
 
 
 class Graph:
-    """``cudnn.pygraph``: one convolution."""
+    """``cudnn.pygraph``: one convolution.
+
+    Attributes:
+        workspace: Bytes that the plan wants: the first of ``Frontend.workspaces`` within the limit.
+    """
 
     STEPS = ("validate", "build_operation_graph", "create_execution_plans",
              "deselect_numeric_notes", "check_support", "build_plans")  # fmt: skip
@@ -211,6 +215,8 @@ class Graph:
         assert intermediate_data_type == compute_data_type == "f4"
         assert sm_version == CAPABILITY  # else the frontend looks for a libcudart.so
         self.frontend, self.handle = frontend, handle
+        self.limit = np.inf
+        self.built: set[int] = set()
         self.done: list[tuple] = []
         frontend.graphs.append(self)
 
@@ -233,15 +239,48 @@ class Graph:
         assert len(self.done) == self.STEPS.index(name), f"{name} out of order"
         if name == "validate":
             assert self.output.is_output
-        if name == "check_support" and self.frontend.unsupported:
-            raise RuntimeError("no engine")
+        if name == "check_support":
+            fitting = [size for size in self.frontend.workspaces if size <= self.limit]
+            if not fitting:
+                raise RuntimeError("no engine")
+            self.workspace = fitting[0]
         self.done.append((name, *arguments))
 
+    def deselect_workspace_greater_than(self, limit):
+        assert self.done[-1][0] == "deselect_numeric_notes"  # the plans are there by then
+        self.limit = limit
+
     def get_workspace_size(self):
-        return 32
+        return self.workspace
+
+    def get_plan_name(self):
+        return self.get_plan_name_at_index(self.frontend.workspaces.index(self.workspace))
+
+    # Any plan by its place in the order of the heuristics.
+
+    def get_execution_plan_count(self):
+        assert self.done[-1][0] == "deselect_numeric_notes"
+        return len(self.frontend.workspaces)
+
+    def build_plan_at_index(self, index):
+        self.built.add(index)
+
+    def get_workspace_size_plan_at_index(self, index):
+        return self.frontend.workspaces[index]
+
+    def get_plan_name_at_index(self, index):
+        return f"plan {index}"
+
+    def execute_plan_at_index(self, addresses, workspace, index, handle):
+        assert index in self.built
+        self._run(addresses, workspace, handle)
 
     def execute(self, addresses, workspace, handle):
-        assert len(self.done) == len(self.STEPS) and handle == self.handle == self.frontend.HANDLE
+        assert len(self.done) == len(self.STEPS)
+        self._run(addresses, workspace, handle)
+
+    def _run(self, addresses, workspace, handle):
+        assert handle == self.handle == self.frontend.HANDLE
         assert workspace and self.frontend.stream is not None
         assert all(address % 16 == 0 for address in addresses.values())
 
@@ -298,7 +337,7 @@ class Frontend:
     Attributes:
         graphs: All graphs so far.
         stream: The stream of the handle.
-        unsupported: Whether no plan is supported.
+        workspaces: Bytes that each plan wants, in the order of the heuristics.
     """
 
     HANDLE = 4711
@@ -314,7 +353,7 @@ class Frontend:
         self.work = work
         self.graphs: list[Graph] = []
         self.stream = None
-        self.unsupported = False
+        self.workspaces = [32]
 
     def backend_version(self):
         return 91300

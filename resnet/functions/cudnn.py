@@ -15,6 +15,7 @@ FRONTEND = "nvidia-cudnn-frontend==1.22.1"  # later ones need packages of hundre
 KERNEL, PAD = 3, 1
 X, W, Y = 1, 2, 3  # numbers by which a plan knows input, filters and output
 FORWARD, DATA, WEIGHTS = "conv_fprop", "conv_dgrad", "conv_wgrad"  # the frontend's names
+WORKSPACE = 2 << 20  # bytes; a plan that wants more copies all images of a batch
 PRECISIONS = ("fp32", "tf32", "fp16")
 
 
@@ -89,7 +90,7 @@ def _create_handle() -> int:
 _stream_of_handle: int | None = None
 
 
-def _handle() -> int:
+def handle() -> int:
     """cuDNN's handle, on CuPy's current stream."""
     global _stream_of_handle
     handle, current = _create_handle(), stream()
@@ -144,12 +145,12 @@ class Convolution:
 
     def _execute(self, kind: str, x, w, y) -> None:
         if kind not in self._plans:
-            graph = self._build(kind)
+            graph = self.build(kind)
             xp = chainer.backend.get_array_module(x)
             self._plans[kind] = graph, xp.empty(max(1, graph.get_workspace_size()), "u1")
         graph, workspace = self._plans[kind]
         arrays = {X: address(x), W: address(w), Y: address(y)}
-        graph.execute(arrays, address(workspace), handle=_handle())
+        graph.execute(arrays, address(workspace), handle=handle())
 
     def graph(self, kind: str):
         """The frontend's description of one convolution; nothing is built yet."""
@@ -160,7 +161,7 @@ class Convolution:
             io_data_type=values,
             intermediate_data_type=types.FLOAT,
             compute_data_type=types.FLOAT,
-            handle=_handle(),
+            handle=handle(),
             # Without it the frontend asks the CUDA runtime, which it looks for under the names
             # libcudart.so.12 and .13; CuPy has it within itself, and a wheel's is not found so.
             sm_version=compute_capability(),
@@ -186,28 +187,52 @@ class Convolution:
         output.set_dim(shape).set_stride(_strides(shape))
         return graph
 
-    def _build(self, kind: str):
-        cudnn = frontend()
-        notes, modes = cudnn.numerical_note, cudnn.heur_mode
-        # The same run must give the same bits. For that reason, too, the plan is the one that
-        # cuDNN's heuristics put first, not the one that a stopwatch finds today.
-        unwanted = [notes.NONDETERMINISTIC, notes.REDUCED_PRECISION_REDUCTION]
-        if self.precision == "fp32":
-            unwanted += [notes.TENSOR_CORE, notes.DOWN_CONVERT_INPUTS]
-        graph = self.graph(kind)
+    def build(self, kind: str):
+        """Build the plan of one convolution: of those that are wanted, the heuristics' first.
+
+        No stopwatch chooses one today and another tomorrow. The heuristics often put one first
+        that reorders all images of a batch before and after; one with a small workspace does not.
+
+        Raises:
+            RuntimeError: cuDNN has no plan.
+        """
         try:
-            graph.validate()
-            graph.build_operation_graph()
-            graph.create_execution_plans([modes.A, modes.FALLBACK])
-            graph.deselect_numeric_notes(unwanted)  # of the plans that are there by now
-            graph.check_support()
-            graph.build_plans(cudnn.build_plan_policy.HEURISTICS_CHOICE)
-        except Exception as error:  # the frontend's own types, and RuntimeError
+            try:
+                return self._build(kind, WORKSPACE)
+            except Exception:  # the frontend's own types, and RuntimeError
+                return self._build(kind, None)
+        except Exception as error:
             x, w = self.shapes[X], self.shapes[W]
             raise RuntimeError(
                 f"cuDNN {version()} has no plan for {kind}, {self.precision}, input {x}, filters "
                 f"{w}, stride {self.stride}: {error}; --backend chainer does without cuDNN"
             ) from error
+
+    def _build(self, kind: str, workspace: int | None):
+        graph = self.plans(kind)
+        if workspace is not None:
+            graph.deselect_workspace_greater_than(workspace)
+        graph.check_support()
+        graph.build_plans(frontend().build_plan_policy.HEURISTICS_CHOICE)
+        return graph
+
+    def plans(self, kind: str):
+        """The description of one convolution with its plans, in the order of the heuristics.
+
+        Those that are not wanted cannot be built: the same run must give the same bits, of products
+        as exact as ``precision`` says.
+        """
+        cudnn = frontend()
+        notes, modes = cudnn.numerical_note, cudnn.heur_mode
+        unwanted = [notes.NONDETERMINISTIC, notes.REDUCED_PRECISION_REDUCTION,
+                    notes.DOWN_CONVERT_INPUTS]  # fmt: skip
+        if self.precision == "fp32":
+            unwanted.append(notes.TENSOR_CORE)
+        graph = self.graph(kind)
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([modes.A, modes.FALLBACK])
+        graph.deselect_numeric_notes(unwanted)  # of the plans that are there by now
         return graph
 
 
