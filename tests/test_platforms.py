@@ -1,10 +1,14 @@
 """Where there is no Linux on x86-64: simulated, in a fresh process each."""
 
+import os
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from conftest import ROOT, python
+from packaging.requirements import Requirement
 
 MAC = """
 import filelock, os, platform, runpy, sys
@@ -70,3 +74,22 @@ def test_make_takes_the_python_of_the_tests():
     words = ["make", "-n", "-C", str(ROOT), "demo", f"PYTHON={sys.executable}", "VENV=nowhere"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0 and "experiments/resnet.py" in done.stdout
+
+
+@pytest.mark.parametrize("cuda", ["12", "13"])
+def test_an_environment_for_a_gpu_has_one_cuda(cuda):
+    """And its libraries as packages; PyTorch's are those of CUDA 13."""
+    words = ["make", "-n", "-C", str(ROOT), "gpu", f"CUDA={cuda}", f"PYTHON={sys.executable}"]
+    alone = {"PATH": os.environ["PATH"]}  # not what a make around the tests has been told
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=alone)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = ",".join(re.findall(r"--editable '\.\[(.*?)\]'", done.stdout)).split(",")
+    packages = [Requirement(each) for extra in named for each in extras[extra]]
+    (cupy,) = {str(each.specifier) for each in packages if each.name.startswith("cupy")}
+    assert [each.extras for each in packages if each.name == f"cupy-cuda{cuda}x"] == [{"ctk"}]
+    assert not Requirement(f"cupy{cupy}").specifier.contains("13.6.0")  # it has no such extra
+    cudnns = {each.name for each in packages if each.name.startswith("nvidia-cudnn-cu")}
+    assert cudnns == {f"nvidia-cudnn-cu{cuda}"}
+    assert ("torch" in {each.name for each in packages}) == (cuda == "13")
+    assert (".venv12/" in done.stdout) == (cuda == "12")

@@ -68,14 +68,14 @@ def _without_gpu() -> str | None:
     if count_gpus():
         return None
     if importlib.util.find_spec("cupy") is None:
-        return "CuPy is missing: pip install 'cupy-cuda13x[ctk]'"
+        return "CuPy is missing: pip install 'cupy-cuda13x[ctk]>=14'"
     if chainer.cuda.available:
         return "CuPy finds no GPU or no driver"
     try:
         chainer.cuda.check_cuda_available()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].rpartition("#installation).")[2]
-    return f"CuPy misses libraries ({reason}): pip install 'cupy-cuda13x[ctk]', or -cuda12x"
+    return f"CuPy misses libraries ({reason}): pip install 'cupy-cuda13x[ctk]>=14', or -cuda12x"
 
 
 def describe() -> str:
