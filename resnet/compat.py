@@ -7,7 +7,8 @@ Old Chainer scripts need one more line at their top, or run as they are under th
     python -m resnet.compat train_mnist.py --epoch 2
 
 Each shim says what breaks without it and is applied only where it does break: a Chainer on an
-older stack, or one that has been mended, is left as it is. CuPy 13 and 14 need no shim.
+older stack, or one that has been mended, is left as it is. CuPy 13 and 14 need none to work, but
+advice and warnings that are wrong today are silenced.
 """
 
 from __future__ import annotations
@@ -151,7 +152,32 @@ def _multi_node_iterator(module: types.ModuleType) -> None:
     module.int = lambda value: int(value.item() if isinstance(value, np.ndarray) else value)
 
 
+def _cudnn_advice(cuda: types.ModuleType) -> None:
+    # Chainer advises to reinstall CuPy where CuPy has no cuDNN; CuPy 14 never has one. The commands
+    # of this package say at their start what computes, so this is for other scripts.
+    check = cuda.check_cuda_available
+
+    def check_cuda_available() -> None:
+        check()
+        if cuda.cudnn_enabled or advice or "resnet.functions" in sys.modules:
+            return
+        advice.append("CuPy has no cuDNN here (14 and later never have): Chainer does without it")
+        warnings.warn(advice[0], stacklevel=2)
+
+    advice: list[str] = []
+    check_cuda_available._already_warned = True  # Chainer asks this of the name in its module
+    cuda.check_cuda_available = check_cuda_available
+
+
+def _gpu_warnings() -> None:
+    # ChainerMN tries NCCL whichever communicator is wanted; pure_nccl itself says what is missing.
+    warnings.filterwarnings("ignore", r"\s*nccl library could not be loaded", UserWarning)
+    # F.get_item's gradient on a GPU; CuPy 14 still has the method.
+    warnings.filterwarnings("ignore", r".*ndarray\.scatter_add. is deprecated", DeprecationWarning)
+
+
 _AFTER_IMPORT = {
+    "chainer.backends.cuda": _cudnn_advice,
     "chainer.serializers.hdf5": _hdf5_strings,
     "chainermn.iterators.multi_node_iterator": _multi_node_iterator,
     "onnx": _onnx_mapping,
@@ -184,6 +210,7 @@ def apply() -> None:
     _environment_check()
     _pkg_resources()
     _thread_set_daemon()
+    _gpu_warnings()
 
 
 def main() -> None:

@@ -100,7 +100,8 @@ def join(name: str | None) -> Processes:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"--communicator {name}: {reason}; legal: naive on a CPU, with an MPI and "
-            "pip install mpi4py; flat or pure_nccl on GPUs",
+            "pip install mpi4py; flat or pure_nccl on GPUs, the latter with NCCL: "
+            "pip install nvidia-nccl-cu13, or -cu12",
             USAGE,
         ) from None
     processes = Processes(communicator)

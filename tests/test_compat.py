@@ -100,6 +100,45 @@ def test_environment_check_and_pkg_resources_get_stand_ins_where_they_cannot_wor
     )
 
 
+OTHERS = "import resnet.compat"
+OURS = "import resnet.functions"
+
+
+@pytest.mark.parametrize(("imports", "lines"), [(OTHERS, 1), (OURS, 0)], ids=["others", "ours"])
+def test_a_cupy_without_cudnn_is_said_once_to_other_scripts_and_ours_say_it_themselves(
+    imports, lines
+):
+    printed = run(
+        f"import warnings\n{imports}\n"
+        "from chainer.backends import cuda\n"
+        "cuda.available, cuda.cudnn_enabled = True, False\n"
+        "cuda._cudnn_disabled_by_user = False\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    cuda.check_cuda_available()\n"
+        "    cuda.check_cuda_available()\n"
+        "print(*(each.message for each in caught), sep='\\n')"
+    )
+    assert "reinstall" not in printed and printed.count("CuPy has no cuDNN here") == lines
+
+
+@pytest.mark.parametrize(
+    ("message", "category"),
+    [
+        ("\nnccl library could not be loaded.\n\nReason: ImportError", "UserWarning"),
+        ("`ndarray.scatter_add` is deprecated. Please use `cupy.add.at`", "DeprecationWarning"),
+    ],
+    ids=["nccl", "scatter_add"],
+)
+def test_what_cupy_warns_of_in_vain_is_not_shown(message, category):
+    run(
+        "import warnings\n"
+        "warnings.simplefilter('default')\n"
+        "import resnet.compat\n"
+        f"warnings.warn({message!r}, {category})"
+    )
+
+
 def test_applying_twice_changes_nothing():
     run(
         "import sys\n"
