@@ -28,7 +28,10 @@ def bits(xp, *keys):
     """
     h = xp.zeros(1, np.uint64)
     for key in keys:
-        h = h + xp.asarray(key, dtype=np.uint64) + _GOLDEN
+        # A number goes along with the kernel; as an array it would be a copy from the host.
+        number = isinstance(key, int | np.integer)
+        key = np.uint64(key) if number else xp.asarray(key, dtype=np.uint64)
+        h = h + key + _GOLDEN
         h = (h ^ (h >> np.uint64(30))) * _FIRST
         h = (h ^ (h >> np.uint64(27))) * _SECOND
         h = h ^ (h >> np.uint64(31))

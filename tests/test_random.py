@@ -1,5 +1,7 @@
 """Counter-based random numbers, and the augmentation drawn from them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -82,6 +84,18 @@ def test_crop_and_flip_equals_the_slow_clear_version():
     fast = augmentation.crop_and_flip(x, top, left, flip)
     assert fast.dtype == np.float32
     np.testing.assert_array_equal(fast, slow_crop_and_flip(x, top, left, flip))
+
+
+def test_numbers_are_not_copied_to_the_gpu_one_by_one():
+    """CuPy copies each from the host and waits; arrays may be needed."""
+
+    def asarray(value, dtype):
+        assert isinstance(value, np.ndarray)
+        return np.asarray(value, dtype)
+
+    xp = SimpleNamespace(zeros=np.zeros, asarray=asarray)
+    keys = 3, np.int64(2**40), 7, np.arange(5)
+    np.testing.assert_array_equal(random.bits(xp, *keys), random.bits(np, *map(np.array, keys)))
 
 
 @pytest.mark.gpu
