@@ -53,15 +53,36 @@ test: $(INSTALLED)-test
 campaign: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s -q tests/campaign
 
-# On a machine with a GPU: everything that needs one, and the speed table. With CUDA=12 for CUDA 12,
-# without what is held against PyTorch.
+# On a machine with a GPU: everything that needs one, what settles most first. With CUDA=12 for CUDA
+# 12, without what is held against PyTorch.
+ifeq ($(CUDA),12)
 GPU_TESTS = tests/test_random.py tests/test_gpu.py
-ifneq ($(CUDA),12)
-GPU_TESTS += tests/test_functions.py tests/test_network.py tests/test_agreement.py
+LAYERS = tests/test_gpu.py -k eager
+else
+GPU_TESTS = tests/test_random.py tests/test_functions.py tests/test_network.py tests/test_gpu.py \
+    tests/test_agreement.py
+LAYERS = tests/test_functions.py -k cuda
 endif
 gpu: $(INSTALLED)-gpu$(CUDA)
+	$(BIN)/python -c 'import cupy; cupy.show_config()'
+	$(BIN)/python experiments/plans.py
 	$(BIN)/python -m pytest -m gpu -rs $(GPU_TESTS)
+	if [ -z "$$(command -v compute-sanitizer)" ]; then \
+	    echo "compute-sanitizer is missing: it comes with a CUDA toolkit"; \
+	else \
+	    compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -m gpu $(LAYERS); \
+	fi
+	rm -rf gpu
+	mkdir gpu
+	for words in chainer 'cuda --precision fp32' 'cuda --precision tf32' 'cuda --precision fp16'; do \
+	    echo "== two epochs with --backend $$words"; \
+	    $(BIN)/python experiments/resnet.py --n 3 --data synthetic --epoch 2 --device 0 \
+	        --backend $$words --out "gpu/$$words" 2>gpu/stderr; \
+	    status=$$?; cat gpu/stderr; \
+	    if [ $$status != 0 ] || grep -q "no CUDA graph" gpu/stderr; then exit 1; fi; \
+	done
 	$(BIN)/python experiments/speed.py --device 0 --n 3 9 18 -o speed-gpu
+	$(BIN)/python experiments/plans.py --all
 
 lint: $(INSTALLED)-test
 	$(BIN)/ruff check .
@@ -85,4 +106,4 @@ $(INSTALLED)-gpu13: $(INSTALLED)-test
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo degradation
+	rm -rf $(VENV) .venv12 demo degradation gpu
