@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import chainer
@@ -83,6 +84,7 @@ class Updater(training.Updater):
         xp = chainer.backend.get_array_module(images.x)
         self._loss, self._correct = xp.zeros((), np.float64), xp.zeros((), np.int64)
         self._updates = 0
+        self._skipped = getattr(optimizer, "skipped", None)  # those of all processes are the same
         self._recorded = None
         # A recorded step does not meet other processes, and has the report's augmentation.
         if processes.size == 1 and augment == "report":
@@ -173,7 +175,10 @@ class Updater(training.Updater):
         self.iteration += 1
 
     def statistics(self) -> dict[str, float]:
-        """Mean loss and accuracy (0..1) of the batches since the last call, and the last rate."""
+        """Mean loss and accuracy (0..1) of the batches since the last call, and the last rate.
+
+        With float16 gradients the number of steps, too, that were skipped because one was infinite.
+        """
         updates = max(self._updates, 1)
         loss, correct = self.processes.sum(self._loss, self._correct)
         summary = {
@@ -181,6 +186,9 @@ class Updater(training.Updater):
             "main/accuracy": correct / (updates * self.batchsize),
             "lr": self.optimizer.lr,
         }
+        if self._skipped is not None:
+            summary["main/skipped"] = int(self._skipped)
+            self._skipped[...] = 0
         self._loss[...] = self._correct[...] = self._updates = 0
         if self._recorded:
             self._recorded.captured.check()  # extensions may have replaced weights since
@@ -208,6 +216,9 @@ class Updater(training.Updater):
         self._loss[...] = xp.asarray(serializer("loss", self._loss))
         self._correct[...] = xp.asarray(serializer("correct", self._correct))
         self._updates = int(serializer("updates", self._updates))
+        if self._skipped is not None:
+            with contextlib.suppress(KeyError):  # a snapshot of another precision
+                self._skipped[...] = xp.asarray(serializer("skipped", self._skipped))
         self._be_first()
         if self._recorded:
             self._recorded.captured.check()

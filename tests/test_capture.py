@@ -95,6 +95,43 @@ def test_all_work_is_on_a_stream_that_can_be_recorded(gpu, dataset):
     assert gpu.stream.log == ["synchronize", "use"]  # the default stream's work is over by then
 
 
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "eager"])
+def test_a_step_whose_float16_gradients_overflow_is_skipped_and_counted(dataset, monkeypatch,
+                                                                        recorded):  # fmt: skip
+    emulation.install(monkeypatch, "fp16")
+    monkeypatch.setattr(functions, "_backend", cuda)
+    updater = make_updater(dataset, recorded=recorded)
+    net, optimizer = updater.optimizer.target, updater.optimizer
+    for _ in range(5):
+        updater.update()
+    assert updater.statistics()["main/skipped"] == 0
+    weights = optimizer.values.copy()
+    net.fc.W.array *= 1e6  # the loss is finite still, its gradient beyond float16
+    enlarged, velocities = optimizer.values.copy(), optimizer.velocities.copy()
+    with np.errstate(all="ignore"):
+        updater.update()
+    np.testing.assert_array_equal(optimizer.values, enlarged)
+    np.testing.assert_array_equal(optimizer.velocities, velocities)
+    optimizer.values[...] = weights
+    updater.update()
+    assert np.isfinite(optimizer.values).all() and (optimizer.values != weights).any()
+    restored = make_updater(dataset)
+    NpzDeserializer(state(updater)).load(restored)
+    assert updater.statistics()["main/skipped"] == restored.statistics()["main/skipped"] == 1
+    assert updater.statistics()["main/skipped"] == 0
+
+
+def test_a_run_in_float16_goes_on_from_a_snapshot_of_another_precision(gpu, dataset, monkeypatch):
+    before = make_updater(dataset)
+    before.update()
+    snapshot = state(before)
+    emulation.install(monkeypatch, "fp16")
+    updater = make_updater(dataset)
+    NpzDeserializer(snapshot).load(updater)
+    updater.update()
+    assert updater.statistics()["main/skipped"] == 0
+
+
 def test_other_augmentation_than_the_reports_is_not_recorded_but_obeyed(gpu, dataset):
     recorded = make_updater(dataset)
     settings = recorded.optimizer, recorded.images, 16, recorded.schedule

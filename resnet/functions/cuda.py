@@ -33,8 +33,8 @@ SCALE = 1024  # of float16 gradients: those of a mean over 128 images are about 
 OF_ACTIVATIONS = ("moments", "normalize", "gradient_sums", "input_gradient", "masked", "add",
                   "shortcut_gradient", "pack", "unpack", "average", "average_gradient")  # fmt: skip
 OF_FLOATS = ("fixed_moments", "linear", "linear_input_gradient", "linear_gradients",
-             "cross_entropy", "multiply", "momentum_step", "augment", "centre",
-             "finish_step")  # fmt: skip
+             "cross_entropy", "multiply", "find_overflow", "momentum_step",
+             "count_overflow", "augment", "centre", "finish_step")  # fmt: skip
 TYPES = {np.dtype("f4"): "float", np.dtype("f2"): "Half"}
 KERNELS = (*(f"{name}<{type}>" for name in OF_ACTIVATIONS for type in TYPES.values()), *OF_FLOATS)
 
@@ -524,12 +524,17 @@ class _FlatMomentumSGD(FlatMomentumSGD):
 
     Attributes:
         rate: The rate of the coming step, float32 (1,) on the GPU.
+        skipped: How many steps were not taken because a gradient was infinite or no number, which
+            float16 ones may be; int64 () on the GPU. None at another precision: all are taken.
     """
 
     def __init__(self, momentum: float, weight_decay: float) -> None:
         super().__init__(momentum, weight_decay)
         self.rate = _xp().zeros(1, np.float32)
         self._sent = 0.0
+        halves = precision == "fp16"
+        self.skipped = _xp().zeros((), np.int64) if halves else None
+        self._overflow = _xp().zeros(1, np.int32) if halves else None
 
     def send_rate(self) -> None:
         """Bring ``lr`` to the GPU; a captured step reads it there."""
@@ -540,9 +545,13 @@ class _FlatMomentumSGD(FlatMomentumSGD):
     def step(self) -> None:
         self.send_rate()
         size = self.values.size
-        arrays = self.values, self.gradients, self.velocities, self.rate
+        arrays = self.values, self.gradients, self.velocities, self.rate, self._overflow
         numbers = float(self.momentum), float(self.weight_decay), size
+        if self.skipped is not None:
+            _launch("find_overflow", size, self.gradients, self._overflow, size)
         _launch("momentum_step", size, *arrays, *numbers)
+        if self.skipped is not None:
+            _launch("count_overflow", 1, self._overflow, self.skipped)
 
     def gather(self, parameter, place) -> None:
         if parameter.grad is not parameter.place_of_gradient:

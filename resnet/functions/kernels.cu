@@ -516,15 +516,30 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // ---- The step around the network -----------------------------------------------------------------
 
 // v = momentum * v - rate * (g + weight_decay * p); p += v. The rate is on the device, so that a
-// captured step can go on with another.
+// captured step can go on with another. Nothing is done if *overflow; it may be null.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    momentum_step(float* p, const float* g, float* v, const float* rate, float momentum,
-                  float weight_decay, int size) {
+    momentum_step(float* p, const float* g, float* v, const float* rate, const int* overflow,
+                  float momentum, float weight_decay, int size) {
     const int i = thread();
-    if (i >= size) return;
+    if (i >= size || (overflow && *overflow)) return;
     const float velocity = momentum * v[i] - *rate * (g[i] + weight_decay * p[i]);
     v[i] = velocity;
     p[i] += velocity;
+}
+
+// Set *overflow if a gradient is infinite or no number. All that write, write the same.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    find_overflow(const float* g, int* overflow, int size) {
+    const int i = thread();
+    if (i < size && !isfinite(g[i])) *overflow = 1;
+}
+
+// Count a step that was skipped, and be ready for the next one.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    count_overflow(int* overflow, long long* skipped) {
+    if (thread() > 0) return;
+    *skipped += *overflow;
+    *overflow = 0;
 }
 
 // resnet.random.bits, one key more.
