@@ -125,8 +125,8 @@ def table(rows: list[tuple[cudnn.Convolution, str, list[dict]]]) -> str:
 def main() -> None:
     p = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
-    p.add_argument("--batchsize", "-b", type=flags.whole_number(1), nargs="+", default=[128],
-        metavar="B", help="images at once (default: 128)")
+    p.add_argument("--batchsize", "-b", type=flags.whole_number(*flags.BATCH), nargs="+",
+        default=[128], metavar="B", help="images at once (default: 128)")
     p.add_argument("--precision", choices=cudnn.PRECISIONS, nargs="+", default=cudnn.PRECISIONS,
         help="default: each")
     p.add_argument("--device", "-d", default="0", metavar="D",

@@ -14,10 +14,11 @@ from resnet import command
 from resnet.command import USAGE
 
 COMMANDS = {
-    "experiments": ("plain", "resnet", "resresnet", "partial_training", "evidence", "speed"),
+    "experiments": ("plain", "resnet", "resresnet", "partial_training", "evidence", "speed",
+                    "plans"),
     "plots": ("curves", "tables", "figures", "report", "claims"),
     "resnet": ("evaluate", "export", "pretrained", "cifar10", "compat"),
-}
+}  # fmt: skip
 
 
 def main() -> None:
