@@ -1,7 +1,9 @@
 """Where there is no Linux on x86-64: simulated, in a fresh process each."""
 
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -93,3 +95,27 @@ def test_an_environment_for_a_gpu_has_one_cuda(cuda):
     assert cudnns == {f"nvidia-cudnn-cu{cuda}"}
     assert ("torch" in {each.name for each in packages}) == (cuda == "13")
     assert (".venv12/" in done.stdout) == (cuda == "12")
+
+
+@pytest.mark.parametrize("failing", ["", "precision tf32"], ids=["all are recorded", "one is not"])
+def test_make_gpu_goes_on_only_while_each_precision_is_recorded(tmp_path, failing):
+    """With a stand-in for Python, in an environment that is complete."""
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / "python"
+    stand_in.write_text(
+        '#!/bin/sh\necho "$*"\n[ -n "$FAILING" ] || exit 0\n'
+        'case "$*" in *"$FAILING"*) echo "warning: no CUDA graph (why)" >&2;; esac\n'
+    )
+    stand_in.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("setup.py", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    for extra in ("", "-test", "-gpu13"):
+        (tmp_path / f"installed-{platform.python_version()}{extra}").touch()
+    words = ["make", "-s", "gpu", f"PYTHON={sys.executable}", f"VENV={tmp_path}"]
+    alone = {"PATH": os.environ["PATH"], "FAILING": failing}
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=alone)
+    assert (done.returncode == 0) == (not failing), done.stderr
+    assert ("no CUDA graph (why)" in done.stdout) == bool(failing)
+    assert ("speed.py" in done.stdout) == (not failing)
+    assert done.stdout.index("plans.py") < done.stdout.index("pytest")
