@@ -181,15 +181,15 @@ def archive(path):
 
 
 BAD_INPUT = [
-    (("--n", "0"), 2, "--n: found '0', legal: a whole number from 1 up"),
-    (("--n", "-1"), 2, "--n: found '-1', legal: a whole number from 1 up"),
-    (("--n", "2.5"), 2, "--n: found '2.5', legal: a whole number from 1 up"),
+    (("--n", "0"), 2, "--n: found '0', legal: a whole number from 1 to 1000"),
+    (("--n", "-1"), 2, "--n: found '-1', legal: a whole number from 1 to 1000"),
+    (("--n", "2.5"), 2, "--n: found '2.5', legal: a whole number from 1 to 1000"),
     (("--n", "1", "-b", "5001"), 2, "--batchsize: found 5001, legal: up to 5000"),
     (("--n", "1", "--schedule", "cosine"), 2, "--schedule: invalid choice: 'cosine'"),
     (("--n", "1", "--device", "17"), 2, "--device: found '17', legal: cpu"),
     (("--n", "1", "--backend", "mkl"), 2, "--backend: invalid choice: 'mkl'"),
     (("--n", "1", "--drops", "1"), 2, "--drops: needs --epoch"),
-    (("--n", "1", "--shorten", "0"), 2, "--shorten: found '0', legal: a whole number from 1 up"),
+    (("--n", "1", "--shorten", "0"), 2, "--shorten: found '0', legal: a whole number from 1 to"),
     (("--n", "1", "--shorten", "2", "-e", "4"), 2, "--shorten: found with --epoch"),
     (("--n", "1", "--runs", "0"), 2, "--runs: found '0'"),
     (("--n", "1", "--resume", "nothing.npz"), 1, "nothing.npz: no such file"),
