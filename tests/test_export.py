@@ -221,7 +221,7 @@ def test_other_files_are_refused_in_one_line(tmp_path, spoil, reason):
     [
         ((), 2, "nothing to write; legal: --onnx, --torch or --h5"),
         (("--onnx", "net.pb"), 2, "--onnx: found 'net.pb', legal: a name in .onnx"),
-        (("--torch", "net.pt"), 1, "nowhere: no such file"),
+        (("--torch", "net.pt"), 1, "'nowhere': no such file"),
     ],
 )
 def test_bad_input_of_the_export_is_answered_in_one_line(tmp_path, words, code, message):
