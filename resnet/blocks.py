@@ -5,7 +5,7 @@ from __future__ import annotations
 import chainer
 import numpy as np
 
-from resnet import functions
+from resnet.functions import option_a, pool, relu
 from resnet.modules import ResidualModule
 
 
@@ -32,17 +32,21 @@ class Block(chainer.ChainList):
     ) -> None:
         first = module(channels_in, channels, stride, rng)
         super().__init__(first, *(module(channels, channels, 1, rng) for _ in range(n - 1)))
+        self.channels, self.stride = channels, stride
 
     def forward(self, x):
         """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
-        return functions.layers(x, [layer for module in self for layer in module.layers])
+        for module in self:
+            x = module(x)
+        return x
 
 
 class ResidualBlock(Block):
     """A block with one more shortcut, from its input to its output (report, III.A, Fig. 7)."""
 
     def forward(self, x):
-        return functions.add_relu(super().forward(x), shortcut=x)
+        """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
+        return relu(super().forward(x) + option_a(x, self.channels, self.stride))
 
 
 class AbsentBlock(chainer.Link):
@@ -66,5 +70,5 @@ class AbsentBlock(chainer.Link):
     def forward(self, x):
         """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
         if self.stride > 1:
-            x = functions.pool(x, self.stride)
-        return functions.option_a(x, self.channels, 1)
+            x = pool(x, self.stride)
+        return option_a(x, self.channels, 1)

@@ -8,14 +8,41 @@ from chainer import links as L
 from chainer.initializers import HeNormal
 
 from resnet import functions
-from resnet.functions import Layer
+from resnet.functions import option_a, relu
 
 
-def convolution(channels_in: int, channels: int, rng: np.random.RandomState) -> L.Convolution2D:
-    """A 3x3 convolution without bias, He initialisation (He et al., ICCV 2015, eq. 10)."""
-    return L.Convolution2D(
-        channels_in, channels, ksize=3, pad=1, nobias=True, initialW=HeNormal(rng=rng)
-    )
+class Convolution(L.Convolution2D):
+    """A 3x3 convolution, padding 1, He initialisation (He et al., ICCV 2015, eq. 10).
+
+    Args:
+        channels_in: Channels of the input.
+        channels: Channels of the output.
+        stride: 1, or 2, which halves the image.
+        rng: Source of the initial weights.
+        nobias: Whether it has no bias, as in front of a normalization.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        stride: int,
+        rng: np.random.RandomState,
+        nobias: bool = True,
+    ) -> None:
+        super().__init__(channels_in, channels, 3, stride, 1, nobias, HeNormal(rng=rng))
+
+    def forward(self, x):
+        """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
+        return functions.convolution(x, self.W, self.b, self.stride[0])
+
+
+class Normalization(L.BatchNormalization):
+    """Batch normalization with Chainer's epsilon 2e-5 and decay 0.9 (He et al. 2015, 3.4)."""
+
+    def forward(self, x):
+        """(N, C, H, W) -> (N, C, H, W)."""
+        return functions.normalization(x, self)
 
 
 class PlainModule(chainer.Chain):
@@ -32,20 +59,21 @@ class PlainModule(chainer.Chain):
         self, channels_in: int, channels: int, stride: int, rng: np.random.RandomState
     ) -> None:
         super().__init__()
-        self.stride = stride
+        self.channels, self.stride = channels, stride
         with self.init_scope():
-            self.conv1 = convolution(channels_in, channels, rng)
-            self.bn1 = L.BatchNormalization(channels)
-            self.conv2 = convolution(channels, channels, rng)
-            self.bn2 = L.BatchNormalization(channels)
+            self.conv1 = Convolution(channels_in, channels, stride, rng)
+            self.bn1 = Normalization(channels)
+            self.conv2 = Convolution(channels, channels, 1, rng)
+            self.bn2 = Normalization(channels)
 
-    @property
-    def layers(self) -> tuple[Layer, Layer]:
-        return Layer(self.conv1.W, self.bn1, self.stride), Layer(self.conv2.W, self.bn2)
+    def residual(self, x):
+        """F(x) of Fig. 2: (N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
+        h = relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(h))
 
     def forward(self, x):
         """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
-        return functions.layers(x, self.layers)
+        return relu(self.residual(x))
 
 
 class ResidualModule(PlainModule):
@@ -54,7 +82,6 @@ class ResidualModule(PlainModule):
     Where the shape changes, x is subsampled and padded with channels of zeros (option A).
     """
 
-    @property
-    def layers(self) -> tuple[Layer, Layer]:
-        first, second = super().layers
-        return first, second._replace(around=2)
+    def forward(self, x):
+        """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
+        return relu(self.residual(x) + option_a(x, self.channels, self.stride))

@@ -11,7 +11,7 @@ from chainer.initializers import HeNormal
 
 from resnet import functions
 from resnet.blocks import AbsentBlock, Block, ResidualBlock
-from resnet.modules import PlainModule, ResidualModule, convolution
+from resnet.modules import Convolution, Normalization, PlainModule, ResidualModule
 
 CHANNELS = (16, 32, 64)  # of conv2, conv3, conv4 (report, Table I)
 BLOCKS = ("conv2", "conv3", "conv4")  # Table I, in the order of the forward pass
@@ -30,12 +30,12 @@ class Stem(chainer.Chain):
     def __init__(self, channels: int, rng: np.random.RandomState) -> None:
         super().__init__()
         with self.init_scope():
-            self.conv = convolution(3, channels, rng)
-            self.bn = L.BatchNormalization(channels)
+            self.conv = Convolution(3, channels, 1, rng)
+            self.bn = Normalization(channels)
 
     def forward(self, x):
         """(N, 3, 32, 32) -> (N, channels, 32, 32)."""
-        return functions.layers(x, [functions.Layer(self.conv.W, self.bn)])
+        return functions.relu(self.bn(self.conv(x)))
 
 
 class Network(chainer.Chain):
@@ -91,10 +91,10 @@ class Network(chainer.Chain):
 
     def forward(self, x):
         """Logits of a batch of images: (N, 3, 32, 32) float32 -> (N, classes)."""
-        h = self.conv1(x)
-        for name in BLOCKS:
+        h = x
+        for name in GROUPS[:-1]:
             with chainer.using_config("train", chainer.config.train and name not in self.frozen):
-                h = self[name](h)
+                h = functions.finished(self[name](h))
         return functions.linear(functions.average_pooling(h), self.fc.W, self.fc.b)
 
 

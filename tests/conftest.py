@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from resnet import cifar10, functions
-from resnet.functions import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = [(name, "@numpy") for name in ("chainer", "onednn", "winograd", "cuda")]
@@ -46,7 +45,6 @@ def backend(request, monkeypatch):
         if emulation.COMPILER is None:
             pytest.skip("g++ is missing: it compiles the CUDA kernels for the CPU")
         *_, memory = emulation.install(monkeypatch, "fp32")
-        functions._backend = cuda
         yield chainer.get_device(device)
         memory.check()
         return
@@ -59,6 +57,15 @@ def backend(request, monkeypatch):
     device = chainer.get_device(device)
     device.use()
     yield device
+
+
+def layer(x, W, bn, stride=1, shortcut=None):
+    """``relu(BN(convolution(x, W)) + A(shortcut))``, said as a module says it."""
+    y = functions.normalization(functions.convolution(x, W, stride=stride), bn)
+    if shortcut is None:
+        return functions.relu(y)
+    step = -(-shortcut.shape[2] // y.shape[2])
+    return functions.relu(y + functions.option_a(shortcut, y.shape[1], step))
 
 
 def python(*words, cwd=ROOT, **environment):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from chainer import links as L
 from chainer.serializers import DictionarySerializer, NpzDeserializer
+from conftest import layer
 
 from resnet import cifar10, extensions, functions, network, schedule
 from resnet.functions import cuda
@@ -29,13 +30,12 @@ class Small(chainer.Chain):
             self.fc = L.Linear(8, 10, initialW=rng.randn(10, 8))
 
     def forward(self, x):
-        h = functions.layers(x, [functions.Layer(self.conv.W, self.bn, 2)])
+        h = layer(x, self.conv.W, self.bn, 2)
         return functions.linear(functions.average_pooling(h), self.fc.W, self.fc.b)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(functions, "_backend", cuda)
     module, _, memory = emulation.install(monkeypatch)
     yield module
     memory.check()
@@ -99,7 +99,6 @@ def test_all_work_is_on_a_stream_that_can_be_recorded(gpu, dataset):
 def test_a_step_whose_float16_gradients_overflow_is_skipped_and_counted(dataset, monkeypatch,
                                                                         recorded):  # fmt: skip
     emulation.install(monkeypatch, "fp16")
-    monkeypatch.setattr(functions, "_backend", cuda)
     updater = make_updater(dataset, recorded=recorded)
     net, optimizer = updater.optimizer.target, updater.optimizer
     for _ in range(5):

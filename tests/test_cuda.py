@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from chainer import functions as F
 from chainer import links as L
+from conftest import layer
 
 from resnet import flags, functions, network, random
 from resnet.command import InputError
-from resnet.functions import cuda, cudnn, stock
+from resnet.functions import cuda, cudnn
+from resnet.functions.reference import REFERENCE
 from resnet.updater import Images, Updater
 
 needs_compiler = pytest.mark.skipif(
@@ -28,7 +30,6 @@ needs_compiler = pytest.mark.skipif(
 def gpu(request, monkeypatch):
     """The backend on NumPy arrays, in the precision that the test asks for."""
     precision = getattr(request, "param", "tf32")
-    monkeypatch.setattr(functions, "_backend", cuda)
     module, frontend, memory = emulation.install(monkeypatch, precision)
     yield SimpleNamespace(module=module, frontend=frontend)
     memory.check()
@@ -54,8 +55,8 @@ def run_layer(x, shortcut=None, stride=1, channels=16):
     """Output and all gradients of a layer, by name."""
     bn, w = make_layer(channels, x.shape[1])
     variables = [chainer.Variable(a.copy()) for a in (x, shortcut) if a is not None]
-    y = functions._backend.layer(variables[0], w, bn, stride, *variables[1:])
-    y = stock.average_pooling(y) if y.dtype == np.float32 else functions.average_pooling(y)
+    y = layer(variables[0], w, bn, stride, *variables[1:])
+    y = REFERENCE.average_pooling(y) if y.dtype == np.float32 else functions.average_pooling(y)
     y.grad = normal(*y.shape, seed=4)
     y.backward()
     found = {"y": y.array, "W": w.grad, "gamma": bn.gamma.grad, "beta": bn.beta.grad}
@@ -103,7 +104,7 @@ def test_no_bit_depends_on_the_order_of_threads_and_blocks(gpu, shortcut):
 @half_and_float
 def test_moments_of_any_number_of_rows(gpu, count, channels, mean):
     """Also where the mean is large beside the deviation, and where a block has a single row."""
-    dtype = cuda._dtype()
+    dtype = functions._backend.dtype
     x = (normal(count, 1, 1, channels) * np.logspace(-1, 1, channels) + mean).astype(dtype)
     gamma, beta = normal(channels, seed=1), normal(channels, seed=2)
     average_mean, average_var = np.ones(channels, "f"), np.full(channels, 2, "f")
@@ -172,7 +173,7 @@ def test_a_number_that_is_none_stays_visible(gpu):
     x = normal(2, 16, 8, 8)
     x[0, 3, 2, 2] = np.nan
     bn, w = make_layer()
-    y = functions.average_pooling(functions._backend.layer(x, w, bn))
+    y = functions.average_pooling(layer(x, w, bn))
     loss = functions.softmax_cross_entropy(functions.linear(y, normal(10, 16), normal(10)),
                                            np.zeros(2, np.int32))  # fmt: skip
     assert np.isnan(loss.array)
@@ -198,7 +199,7 @@ def test_layer_in_float16(gpu, x, shortcut, stride):
     x, shortcut = normal(*x), shortcut and normal(*shortcut, seed=5)
     found = run_layer(x, shortcut, stride)
     assert all(value.dtype == np.float32 for value in found.values())
-    functions._backend = stock
+    functions._backend = REFERENCE
     assert_alike(found, run_layer(x, shortcut, stride), 0.01)
 
 
@@ -237,7 +238,7 @@ def losses(net, steps=3, batchsize=8):
 @pytest.mark.parametrize("architecture", ["plain", "resresnet"])
 def test_training_steps_are_those_of_chainers_functions(gpu, tolerance, architecture):
     found = losses(network.ARCHITECTURES[architecture](1))
-    functions._backend = stock
+    functions._backend = REFERENCE
     expected = losses(network.ARCHITECTURES[architecture](1))
     np.testing.assert_allclose(found, expected, rtol=tolerance)
 
@@ -255,7 +256,7 @@ def test_partial_training_with_a_frozen_and_an_absent_block(gpu, tolerance):
     found, mean, frozen = train()
     assert not any("im2col" in name for name in gpu.module.launched)
     assert mean.any() and not frozen.any()
-    functions._backend = stock
+    functions._backend = REFERENCE
     expected, *_ = train()
     np.testing.assert_allclose(found, expected, rtol=tolerance)
 
@@ -288,7 +289,7 @@ def test_a_gradient_that_is_added_to_is_not_overwritten(gpu):
         return {name: p.grad.copy() for name, p in net.namedparams()}
 
     found = gradients()
-    functions._backend = stock
+    functions._backend = REFERENCE
     assert_alike(found, gradients(), 0.01)  # after an update; a lost gradient is off by 1
 
 
@@ -297,10 +298,10 @@ def test_gradients_of_gradients_are_chainers(gpu):
     def penalty():
         bn, w = make_layer()
         x = chainer.Variable(normal(2, 16, 8, 8))
-        y = functions.average_pooling(functions._backend.layer(x, w, bn, 1, x))
+        y = functions.average_pooling(layer(x, w, bn, 1, x))
         y = functions.linear(y, chainer.Parameter(normal(10, 16)), chainer.Parameter(normal(10)))
         t = np.arange(2, dtype=np.int32)
-        if functions._backend is stock:
+        if functions._backend is REFERENCE:
             loss = F.softmax_cross_entropy(y, t, enable_double_backprop=True)
         else:
             loss = functions.softmax_cross_entropy(y, t)
@@ -309,7 +310,7 @@ def test_gradients_of_gradients_are_chainers(gpu):
         return gg.array
 
     found = penalty()
-    functions._backend = stock
+    functions._backend = REFERENCE
     expected = penalty()
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
 
@@ -318,7 +319,7 @@ def test_gradients_of_gradients_are_chainers(gpu):
 @pytest.mark.parametrize("gpu", ["fp16"], indirect=True)
 def test_gradients_of_gradients_are_refused_in_float16(gpu):
     bn, w = make_layer()
-    y = F.sum(functions.average_pooling(functions._backend.layer(normal(2, 16, 8, 8), w, bn)))
+    y = F.sum(functions.average_pooling(layer(normal(2, 16, 8, 8), w, bn)))
     with pytest.raises(RuntimeError, match="fp32"):
         chainer.grad([y], [w], enable_double_backprop=True)
 
@@ -328,14 +329,14 @@ def test_gradients_of_gradients_are_refused_in_float16(gpu):
 def test_what_it_is_not_made_for_goes_to_chainers_own_functions(gpu):
     bn, w = make_layer(6, 16)  # 6 channels are no multiple of 16 bytes
     x = normal(2, 16, 8, 8)
-    first = functions._backend.layer(x, make_layer()[1], make_layer()[0])
+    first = layer(x, make_layer()[1], make_layer()[0])
     launched = len(gpu.module.launched)
-    y = functions._backend.layer(first, w, bn)
+    y = layer(first, w, bn)
     assert y.dtype == np.float32 and len(gpu.module.launched) == launched
     expected = F.relu(make_layer(6)[0](F.convolution_2d(first.array.astype("f"), w, pad=1)))
     np.testing.assert_allclose(y.array, expected.array, rtol=1e-4, atol=1e-5)
     w = chainer.Parameter(normal(512, 512, 3, 3) / 50)
-    wide = functions._backend.layer(normal(2, 512, 4, 4), w, L.BatchNormalization(512))
+    wide = layer(normal(2, 512, 4, 4), w, L.BatchNormalization(512))
     assert wide.dtype == np.float32 and len(gpu.module.launched) == launched
 
 
@@ -345,9 +346,9 @@ def test_what_it_is_not_made_for_goes_to_chainers_own_functions(gpu):
 @pytest.mark.parametrize("gpu", ["fp32", "tf32", "fp16"], indirect=True)
 def test_a_plan_says_how_arrays_lie_and_what_is_not_wanted(gpu):
     """Steps must come in the order that the frontend needs: see emulation.Graph."""
-    convolution = cudnn.Convolution((2, 16, 9, 8), 32, 2, cuda.precision)
+    convolution = cudnn.Convolution((2, 16, 9, 8), 32, 2, functions._backend.precision)
     assert convolution.out_shape == (2, 32, 5, 4)
-    xp, dtype = cuda._xp(), cuda._dtype()
+    xp, dtype = cuda._xp(), functions._backend.dtype
     x, w, y = (xp.empty(shape, dtype) for shape in ((2, 9, 8, 16), (32, 3, 3, 16), (2, 5, 4, 32)))
     for array in (x, w, y):
         array.fill(0)
@@ -368,11 +369,11 @@ def test_a_plan_says_how_arrays_lie_and_what_is_not_wanted(gpu):
         assert {name: (t.dim, t.stride) for name, t in graph.inputs.items()} == inputs
         assert (graph.output.dim, graph.output.stride) == output
         tensors = [*graph.inputs.values(), graph.output]
-        assert {t.data_type for t in tensors} == {"f2" if cuda.precision == "fp16" else "f4"}
+        assert {t.data_type for t in tensors} == {functions._backend.dtype.str[1:]}
         assert graph.stride == [2, 2]
         (unwanted,) = (notes for step, *notes in graph.done if step == "deselect_numeric_notes")
         assert {"NONDETERMINISTIC", "DOWN_CONVERT_INPUTS"} <= set(unwanted[0])
-        assert ("TENSOR_CORE" in unwanted[0]) == (cuda.precision == "fp32")
+        assert ("TENSOR_CORE" in unwanted[0]) == (functions._backend.precision == "fp32")
 
 
 def test_a_plan_is_built_once_for_all_layers_of_a_shape(gpu):
@@ -481,10 +482,9 @@ def test_on_a_gpu_chainers_own_functions_compute_unless_asked(monkeypatch):
     monkeypatch.setattr(functions, "_backend", functions._backend)
     monkeypatch.setattr(cuda, "available", lambda: (True, "cuDNN 9"))
     assert functions.use("auto", gpu=True).startswith("chainer")
-    assert functions._backend is stock
-    assert functions.use("cuda", gpu=True, precision="fp16") == "cuda (cuDNN 9)"
-    assert functions._backend is cuda and cuda.precision == "fp16"
-    assert functions.use("cuda", gpu=True) and cuda.precision == "tf32"
+    assert functions._backend is REFERENCE
+    assert functions.use("cuda", gpu=True, precision="fp16") == "cuda (cuDNN 9, fp16)"
+    assert functions.use("cuda", gpu=True) == "cuda (cuDNN 9, tf32)"
     with pytest.raises(ValueError, match="legal: with --device 0"):
         functions.use("cuda")
     with pytest.raises(ValueError, match="legal with a GPU"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from chainer import links as L
+from conftest import layer
 from torch.nn import functional as F
 
 from resnet import functions, network
@@ -108,11 +109,18 @@ def make_chain(backend, shape, layers):
         w = make_weights(channels, channels_in)
         weights = chainer.Parameter(backend.send(w))
         weights.cleargrad()
-        ours.append(functions.Layer(weights, bn, stride, around))
+        ours.append((weights, bn, stride, around))
         tensor = torch.tensor(w, dtype=torch.float64, requires_grad=True)
         theirs.append((tensor, *their_normalization(bn), stride, around))
         channels_in = channels
     return ours, theirs
+
+
+def run_ours(x, layers):
+    inputs = [chainer.as_variable(x)]
+    for w, bn, stride, around in layers:
+        inputs.append(layer(inputs[-1], w, bn, stride, inputs[-around] if around else None))
+    return inputs[-1]
 
 
 def run_theirs(x, layers, train):
@@ -132,16 +140,16 @@ def test_layers(backend, shape, layers, channels_last, train):
     with chainer.using_config("train", train):
         compare(
             backend,
-            lambda x: functions.layers(x, ours),
+            lambda x: run_ours(x, ours),
             lambda x: run_theirs(x, theirs, train),
             images(*shape, channels_last=channels_last),
         )
-    for layer, (w, (mean, var), (gamma, beta), *_) in zip(ours, theirs, strict=True):
-        assert_close(layer.W.grad, w.grad)
-        assert_close(layer.bn.gamma.grad, gamma.grad)
-        assert_close(layer.bn.beta.grad, beta.grad)
-        assert_close(layer.bn.avg_mean, mean)  # torch updates them in place, in training only
-        assert_close(layer.bn.avg_var, var)
+    for (W, bn, *_), (w, (mean, var), (gamma, beta), *_) in zip(ours, theirs, strict=True):
+        assert_close(W.grad, w.grad)
+        assert_close(bn.gamma.grad, gamma.grad)
+        assert_close(bn.beta.grad, beta.grad)
+        assert_close(bn.avg_mean, mean)  # torch updates them in place, in training only
+        assert_close(bn.avg_var, var)
 
 
 @pytest.mark.parametrize(("shape", "layers"), CHAINS)
@@ -150,7 +158,7 @@ def test_layers_without_gradients_at_test_time(backend, shape, layers):
     ours, theirs = make_chain(backend, shape, layers)
     x = images(*shape)
     with chainer.using_config("train", False), chainer.no_backprop_mode():
-        y = functions.layers(backend.send(x), ours)
+        y = run_ours(backend.send(x), ours)
     assert_close(y.array, run_theirs(torch.tensor(x).double(), theirs, train=False))
 
 
@@ -160,9 +168,10 @@ def test_one_variable_on_every_way_through_two_layers(backend):
     variable, weights = (chainer.Variable(backend.send(a)) for a in (x, w))
     bn = L.BatchNormalization(8)
     bn.to_device(backend)
-    layer = functions.Layer(weights, bn, around=1)
-    y = functions.layers(variable, [layer, layer._replace(around=2)])
-    y = functions.layers(functions.add_relu(y, variable), [layer])
+    y = layer(variable, weights, bn, shortcut=variable)
+    y = layer(y, weights, bn, shortcut=variable)
+    y = functions.relu(y + variable)
+    y = layer(y, weights, bn, shortcut=y)
     chainer.functions.sum(y * y).backward()
     tensor, filters = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, w))
 
@@ -184,17 +193,23 @@ def test_running_averages_follow_torch_with_the_unbiased_variance(backend):
     w = make_weights(8, 4)
     for batch in range(3):
         x = random(2, 4, 3, 3 + batch)  # 18 values: the variances differ by 1 in 17
-        functions.layers(backend.send(x), [functions.Layer(backend.send(w), bn)])
+        functions.finished(layer(backend.send(x), backend.send(w), bn))
         theirs(F.conv2d(torch.tensor(x).double(), torch.tensor(w).double(), padding=1))
     assert_close(bn.avg_mean, theirs.running_mean)
     assert_close(bn.avg_var, theirs.running_var)
 
 
 @pytest.mark.parametrize("shortcut", [(6, 8, 9, 9), (6, 4, 18, 18)], ids=["identity", "option A"])
-def test_add_relu(backend, shortcut):
+def test_the_shortcut_round_a_block(backend, shortcut):
+    """The sum of two activations, rectified (report, Fig. 7)."""
+
+    def ours(x, added):
+        step = added.shape[2] // x.shape[2]
+        return functions.relu(x + functions.option_a(added, x.shape[1], step))
+
     compare(
         backend,
-        functions.add_relu,
+        ours,
         lambda x, added: F.relu(x + option_a(added, x)),
         random(6, 8, 9, 9),
         random(*shortcut),

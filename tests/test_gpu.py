@@ -6,7 +6,7 @@ import pytest
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
 from resnet import cifar10, extensions, functions, network, schedule
-from resnet.functions import cuda, cudnn
+from resnet.functions import cudnn
 from resnet.updater import Images, Updater
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,6 @@ def images():
 def precision(request, monkeypatch):
     """The CUDA backend computes, in each precision in turn."""
     monkeypatch.setattr(functions, "_backend", functions._backend)
-    monkeypatch.setattr(cuda, "precision", request.param)
     if not functions.count_gpus():
         pytest.skip("there is no GPU")
     chainer.get_device("@cupy:0").use()

@@ -7,7 +7,7 @@ import chainer
 import numpy as np
 import pytest
 from chainer import links as L
-from conftest import ROOT, python
+from conftest import ROOT, layer, python
 
 from resnet import functions, network, synthetic
 from resnet.functions import onednn, primitives
@@ -196,10 +196,9 @@ def test_what_it_is_not_made_for_goes_to_chainers_own_functions():
     x = np.random.RandomState(0).rand(2, 3, 8, 8)
     w3, w5 = (np.random.RandomState(1).rand(4, 3, k, k) for k in (3, 5))
     bn = chainer.links.BatchNormalization(4, dtype=np.float64)
-    layer = functions.Layer
-    assert functions.layers(x, [layer(w3, bn)]).array.dtype == np.float64
+    assert layer(x, w3, bn).array.dtype == np.float64
     bn = chainer.links.BatchNormalization(4)
-    y = functions.layers(x.astype("f"), [layer(w5.astype("f"), bn)])
+    y = layer(x.astype("f"), w5.astype("f"), bn)
     h = chainer.functions.convolution_2d(x.astype("f"), w5.astype("f"), pad=1)
     np.testing.assert_array_equal(y.array, chainer.functions.relu(bn(h)).array)
 

@@ -116,7 +116,7 @@ def two(tmp_path_factory):
 
 def test_two_processes_do_what_one_does_with_the_gradients_of_both_halves(two, monkeypatch):
     """Batch statistics are each half's own; one process that averages both gradients agrees."""
-    monkeypatch.setattr(functions, "_backend", functions.stock)
+    monkeypatch.setattr(functions, "_backend", functions.REFERENCE)
     halves = [make_updater(192, 48, Member(rank, 2)) for rank in range(2)]
     losses = []
     for iteration in range(8):

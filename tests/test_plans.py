@@ -13,7 +13,7 @@ from conftest import ROOT, python
 
 from experiments import plans
 from resnet import functions, network
-from resnet.functions import cuda, cudnn
+from resnet.functions import cudnn
 
 SAME = {
     "version": 1, "cudaDeviceId": 0, "driverVer": 13000, "maxGridSize": [2**31 - 1, 65535, 65535],
@@ -129,7 +129,6 @@ assert "libcudart" not in open("/proc/self/maps").read()
 @pytest.mark.parametrize("precision", cudnn.PRECISIONS)
 @pytest.mark.skipif(emulation.COMPILER is None, reason="g++ is missing: it compiles the kernels")
 def test_the_convolutions_are_those_that_the_networks_ask_for(monkeypatch, precision):
-    monkeypatch.setattr(functions, "_backend", cuda)
     emulation.install(monkeypatch, precision)
     asked = set()
 

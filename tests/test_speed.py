@@ -13,7 +13,6 @@ from conftest import python
 
 from experiments import speed
 from resnet import command, flags, functions
-from resnet.functions import cuda
 
 
 @pytest.mark.parametrize("n, macs", [(3, 40.55), (5, 68.86), (7, 97.17), (9, 125.49), (18, 252.89)])
@@ -142,7 +141,6 @@ def gpu(monkeypatch):
     memory.cuda.MemoryPool().total_bytes = lambda: 2 << 20
     memory.get_default_memory_pool = lambda: SimpleNamespace(total_bytes=lambda: 3 << 20)
     monkeypatch.setattr(Gpu, "xp", memory)
-    monkeypatch.setattr(functions, "_backend", cuda)
     monkeypatch.setattr(functions, "use", lambda *words: "cuda (emulated)")
     monkeypatch.setattr(speed, "TOGETHER", 2)
     monkeypatch.setattr(sys, "stdin", io.StringIO("1\n"))

@@ -1,7 +1,8 @@
-"""The numerical operations of the network: one door, one file per backend behind it.
+"""The numerical operations of the network: one door, one backend at a time behind it.
 
 Activations are Chainer variables of shape (N, C, H, W), float32. The links call these functions
-and nothing else; which backend computes them is decided here and nowhere else.
+and nothing else; which backend computes them is decided here and nowhere else. What a backend does
+not do itself, it leaves to the class it extends, in the end ``Reference``: Chainer's own functions.
 """
 
 from __future__ import annotations
@@ -10,19 +11,17 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import chainer
 from chainer import links  # noqa: F401  chainer.links is an attribute only once it is imported
 
-from resnet.functions import capture, cuda, onednn, stock
+from resnet.functions import cuda, onednn
 from resnet.functions.cudnn import PRECISIONS
+from resnet.functions.reference import REFERENCE
 
 count_gpus = cuda.count_gpus
 BACKENDS = ("auto", "chainer", "onednn", "winograd", "cuda")
-_backend = stock
+_backend = REFERENCE
 
 
 def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> str:
@@ -53,7 +52,7 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
             raise ValueError(reason)
         if not gpu:
             raise ValueError("computes on a GPU; legal: with --device 0")
-        _backend, cuda.precision = cuda, precision or "tf32"
+        _backend = cuda.Cuda(precision or "tf32")
         return _backend.describe()
     if name in ("onednn", "winograd"):
         if gpu:
@@ -62,9 +61,8 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
         if not possible:
             raise ValueError(reason)
     possible, reason = _fast_cpu()
-    _backend = onednn if possible and not gpu and name != "chainer" else stock
-    if _backend is onednn:
-        onednn.start(by_tiles=name != "onednn")
+    here = possible and not gpu and name != "chainer"
+    _backend = onednn.OneDNN(by_tiles=name != "onednn") if here else REFERENCE
     if name == "auto" and gpu:
         possible, reason = cuda.available()
         missing = "" if possible else f"; {reason}"
@@ -84,23 +82,15 @@ def _fast_cpu(by_tiles: bool = False) -> tuple[bool, str]:
 
 
 def first_start() -> str:
-    """What to say before the first step where kernels are still to be compiled, else ''.
-
-    Numba keeps what it has compiled, so that it is said and waited for once.
-    """
-    if _backend is not onednn:
-        return ""
-    compiled = Path(onednn.kernels.convolve.stats.cache_path).glob("kernels.*.nbc")
-    return (
-        "" if any(compiled) else "First start: the kernels are compiled now, about a minute, once."
-    )
+    """Say what the first step will have to wait for, such as kernels to be compiled; else ''."""
+    return _backend.first_start()
 
 
 def _after_fork() -> None:
     """In a forked child: leave a backend whose threads stayed behind in the parent."""
     global _backend
-    if _backend is onednn:
-        _backend = stock
+    if isinstance(_backend, onednn.OneDNN):
+        _backend = REFERENCE
         warnings.warn(
             f"{onednn.available()[1]}. Chainer's own functions compute here", stacklevel=2
         )
@@ -109,41 +99,44 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-class Layer(NamedTuple):
-    """``relu(BN(convolution(x, W)) + A(shortcut))``; A is the option A shortcut.
+def convolution(x, W, b=None, stride: int = 1):
+    """Convolve with 3x3 filters, padding 1: (N, C, H, W) -> (N, K, H / stride, W / stride).
 
     Args:
-        W: Weights of a 3x3 convolution with padding 1 and no bias, (K, C, 3, 3).
-        bn: Link; in training mode the statistics are the batch's and its running averages are
-            updated as ``chainer.functions.batch_normalization`` does, else the averages are used.
-        stride: 1 or 2: (N, C, H, W) -> (N, K, H/stride, W/stride).
-        around: Number of layers, this one included, that the shortcut goes around; 0: no shortcut.
+        x: Images, (N, C, H, W).
+        W: Filters, (K, C, 3, 3).
+        b: Biases, (K,), or None.
+        stride: 1 or 2.
     """
-
-    W: chainer.Parameter
-    bn: chainer.links.BatchNormalization
-    stride: int = 1
-    around: int = 0
+    return _backend.convolution(x, W, b, stride)
 
 
-def layers(x, layers: Sequence[Layer]):
-    """Layers in a row. A backend may keep little of what lies between them."""
-    return _backend.layers(x, layers)
+def normalization(x, bn: chainer.links.BatchNormalization):
+    """Normalize (N, C, H, W) by the batch's statistics and update the averages of ``bn``.
+
+    At test time by those averages, as ``chainer.functions.batch_normalization`` does.
+    """
+    return _backend.normalization(x, bn)
 
 
-def add_relu(x, shortcut):
-    """``relu(x + A(shortcut))``: the shortcut round a whole block (report, Fig. 7)."""
-    return _backend.add_relu(x, shortcut)
+def relu(x):
+    """max(x, 0); NaN stays NaN."""
+    return _backend.relu(x)
 
 
 def option_a(x, channels: int, stride: int):
-    """Option A of He et al. 2015, 3.3: subsample by ``stride``, append channels of zeros."""
-    return stock.option_a(x, channels, stride)
+    """Subsample by ``stride`` and append channels of zeros: option A (He et al. 2015, 3.3)."""
+    return _backend.option_a(x, channels, stride)
+
+
+def finished(x):
+    """Have ``x`` computed now, if its backend has put that off (see ``fused``); returns ``x``."""
+    return _backend.finished(x)
 
 
 def pool(x, side: int):
     """Average over squares: (N, C, H, W) -> (N, C, H / side, W / side)."""
-    return stock.pool(x, side)
+    return _backend.pool(x, side)
 
 
 def average_pooling(x):
@@ -175,9 +168,7 @@ def recorded_step(optimizer, images, **settings):
 
     See ``capture.Step`` for the arguments and for how it is called.
     """
-    if _backend is not cuda or not isinstance(optimizer, cuda.FlatMomentumSGD):
-        return None
-    return capture.Step(optimizer, images, **settings)
+    return _backend.recorded_step(optimizer, images, **settings)
 
 
 def recorded_evaluation(network, images, batchsize: int):
@@ -185,6 +176,4 @@ def recorded_evaluation(network, images, batchsize: int):
 
     See ``capture.Evaluation``.
     """
-    if _backend is not cuda or len(images) % batchsize or not cuda._are_floats(*network.params()):
-        return None
-    return capture.Evaluation(network, images, batchsize)
+    return _backend.recorded_evaluation(network, images, batchsize)

@@ -98,6 +98,7 @@ class Step:
     """One training step from the images to the sums for the log.
 
     Args:
+        backend: Computes the step.
         optimizer: From ``functions.momentum_sgd``, of the CUDA backend.
         images: ``updater.Images`` on the GPU.
         batchsize: Images per step.
@@ -109,6 +110,7 @@ class Step:
 
     def __init__(
         self,
+        backend: cuda.Cuda,
         optimizer,
         images,
         batchsize: int,
@@ -120,6 +122,7 @@ class Step:
         correct,
     ) -> None:
         xp = cuda._xp()
+        self.backend = backend
         self.optimizer, self.images, self.order = optimizer, images, order
         self.batchsize, self.seed = batchsize, seed
         self.padding, self.purpose = padding, purpose
@@ -157,7 +160,7 @@ class Step:
         numbers = *shape, np.int64(self.seed), self.purpose
         cuda._launch("augment", self.batchsize * height * width, *arrays, *numbers)
         y = network(cuda._images(self.x))
-        loss = cuda.softmax_cross_entropy(y, self.t)
+        loss = self.backend.softmax_cross_entropy(y, self.t)
         network.cleargrads()
         loss.backward()
         self.optimizer.update()
@@ -168,27 +171,29 @@ class Step:
         """Where the persistent arrays are, and which parameters are trained."""
         network = self.optimizer.target
         enabled = (p.update_rule.enabled for p in network.params())
-        return places(network), tuple(enabled), cuda.precision
+        return places(network), tuple(enabled), self.backend.precision
 
 
 class Evaluation:
     """Loss and right answers of a network at test time over a set of images, batch by batch.
 
     Args:
+        backend: Computes it.
         network: On the GPU.
         images: ``updater.Images`` on the GPU.
         batchsize: Images at once; it divides the set.
     """
 
-    def __init__(self, network, images, batchsize: int) -> None:
+    def __init__(self, backend: cuda.Cuda, network, images, batchsize: int) -> None:
         xp = cuda._xp()
+        self.backend = backend
         self.network, self.images, self.batchsize = network, images, batchsize
         _, channels, height, width = images.x.shape
         self.x = xp.empty((batchsize, height, width, channels), np.float32)
         self.t = xp.empty((batchsize,), np.int32)
         self.counter = xp.zeros(1, np.int64)
         self.loss, self.correct = xp.zeros((), np.float64), xp.zeros((), np.int64)
-        self.captured = Captured(self._compute, lambda: (places(network), cuda.precision))
+        self.captured = Captured(self._compute, lambda: places(network))
 
     def __call__(self) -> tuple[float, int]:
         """Sum of the images' losses, and number of right answers."""
@@ -207,7 +212,7 @@ class Evaluation:
         cuda._launch("centre", self.batchsize * height * width, *arrays, *numbers)
         with chainer.using_config("train", False), chainer.no_backprop_mode():
             y = self.network(cuda._images(self.x))
-            loss = cuda.softmax_cross_entropy(y, self.t)
+            loss = self.backend.softmax_cross_entropy(y, self.t)
         arrays = self.loss, self.correct, self.counter
         cuda._launch("finish_step", cuda.THREADS, y.array, self.t, loss.array, *y.shape, *arrays)
 

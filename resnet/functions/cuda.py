@@ -18,10 +18,12 @@ import chainer
 import numpy as np
 from chainer import functions as F
 
-from resnet.functions import cudnn, stock
+from resnet.functions import cudnn
 from resnet.functions.cudnn import Missing
 from resnet.functions.flat import FlatMomentumSGD
-from resnet.functions.node import Node, accumulated
+from resnet.functions.fused import Fused, Layer, Unfinished
+from resnet.functions.node import Node, accumulated, normalized
+from resnet.functions.reference import REFERENCE, widened
 
 ARRAY = chainer.backends.cuda.ndarray  # CuPy's; a stand-in of Chainer's where there is none
 SOURCE = Path(__file__).with_name("kernels.cu")
@@ -38,8 +40,6 @@ OF_FLOATS = ("fixed_moments", "linear", "linear_input_gradient", "linear_gradien
 TYPES = {np.dtype("f4"): "float", np.dtype("f2"): "Half"}
 KERNELS = (*(f"{name}<{type}>" for name in OF_ACTIVATIONS for type in TYPES.values()), *OF_FLOATS)
 
-precision = "tf32"  # one of cudnn.PRECISIONS
-
 
 def available() -> tuple[bool, str]:
     """Whether this backend can run here, and one line that says what it is or what is missing."""
@@ -50,7 +50,7 @@ def available() -> tuple[bool, str]:
         version = cudnn.version()
     except Missing as reason:
         return False, str(reason)
-    return True, f"cuDNN {version}, CuPy {chainer.cuda.cupy.__version__}, {precision}"
+    return True, f"cuDNN {version}, CuPy {chainer.cuda.cupy.__version__}"
 
 
 def count_gpus() -> int:
@@ -78,12 +78,119 @@ def _without_gpu() -> str | None:
     return f"CuPy misses libraries ({reason}): pip install 'cupy-cuda13x[ctk]>=14', or -cuda12x"
 
 
-def describe() -> str:
-    return f"cuda ({available()[1]})"
+class Cuda(Fused):
+    """cuDNN's convolutions and our kernels; nothing to prepare, all is built when first needed.
 
+    Args:
+        precision: One of ``cudnn.PRECISIONS``.
 
-def start() -> None:
-    """Nothing to prepare: kernels and plans are built when they are first needed."""
+    Attributes:
+        dtype: Type of the activations.
+    """
+
+    def __init__(self, precision: str = "tf32") -> None:
+        self.precision = precision
+        self.dtype = np.dtype("f2" if precision == "fp16" else "f4")
+
+    def describe(self) -> str:
+        return f"cuda ({available()[1]}, {self.precision})"
+
+    def float32(self, x):
+        return _Cast(self).apply((x,))[0] if x.dtype == np.float16 else x
+
+    def fits(self, x, W) -> bool:
+        images = () if isinstance(x, Unfinished) else (x,)
+        channels, _, *size = W.shape
+        return (
+            self._are_activations(*images)
+            and _are_floats(W)
+            and size == [cudnn.KERNEL] * 2
+            and channels % _width(self.dtype) == 0
+            and channels <= THREADS
+        )
+
+    def convolution(self, x, W, b=None, stride: int = 1):
+        if not self.fits(x, W):
+            return REFERENCE.convolution(self.float32(chainer.as_variable(x)), W, b, stride)
+        return super().convolution(x, W, b, stride)
+
+    def convolve(self, x, W, stride: int):
+        return REFERENCE.convolution(self.float32(x), W, stride=stride)
+
+    def normalization(self, x, bn):
+        return super().normalization(x if isinstance(x, Unfinished) else self.float32(x), bn)
+
+    def relu(self, x):
+        return self.finished(super().relu(x))  # nothing spans two layers
+
+    def layer(self, layer: Layer):
+        bn, images = layer.bn, [layer.x]
+        if layer.shortcut is not None:
+            images.append(layer.shortcut)
+        if (
+            not self._are_activations(*images)
+            or not _are_floats(bn.gamma, bn.beta, bn.avg_mean, bn.avg_var)
+            or any(x.shape[1] % _width(self.dtype) for x in images[1:])
+        ):
+            return self.one_by_one(layer)
+        x, *shortcut = images
+        return _Layer(self, layer).apply((x, layer.W, bn.gamma, bn.beta, *shortcut))[0]
+
+    def add_relu(self, x, shortcut):
+        arrays = _arrays(x, shortcut)
+        width = _width(self.dtype)
+        fits = all(a.dtype == self.dtype and a.shape[1] % width == 0 for a in arrays)
+        if not fits or not self._are_activations(*arrays):
+            x, shortcut = map(self.float32, (x, shortcut))
+            return REFERENCE.relu(x + widened(shortcut, x))
+        return _AddReLU(self).apply((x, shortcut))[0]
+
+    def average_pooling(self, x):
+        (array,) = _arrays(x)
+        if not self._are_activations(array) or array.dtype != self.dtype:
+            return REFERENCE.average_pooling(self.float32(x))
+        return _AveragePooling(self).apply((x,))[0]
+
+    def linear(self, x, W, b):
+        if not _are_floats(x, W, b):
+            return REFERENCE.linear(x, W, b)
+        return _Linear(self).apply((x, W, b))[0]
+
+    def softmax_cross_entropy(self, y, t):
+        (t,) = _arrays(t)
+        if not _are_floats(y) or not isinstance(t, ARRAY) or t.dtype != np.int32:
+            return REFERENCE.softmax_cross_entropy(y, t)
+        return _SoftmaxCrossEntropy(self, t).apply((y,))[0]
+
+    def momentum_sgd(self, network, momentum: float, weight_decay: float):
+        if not _are_floats(*network.params()):
+            return REFERENCE.momentum_sgd(network, momentum, weight_decay)
+        return _FlatMomentumSGD(momentum, weight_decay, self.dtype).setup(network)
+
+    def recorded_step(self, optimizer, images, **settings):
+        from resnet.functions import capture
+
+        if not isinstance(optimizer, FlatMomentumSGD):
+            return None
+        return capture.Step(self, optimizer, images, **settings)
+
+    def recorded_evaluation(self, network, images, batchsize: int):
+        from resnet.functions import capture
+
+        if len(images) % batchsize or not _are_floats(*network.params()):
+            return None
+        return capture.Evaluation(self, network, images, batchsize)
+
+    def _are_activations(self, *variables) -> bool:
+        """Whether every kernel can take these images as they are, or once they are packed."""
+        width = _width(self.dtype)
+        return all(
+            isinstance(a, ARRAY)
+            and a.size
+            and a.dtype in (np.float32, self.dtype)
+            and (a.dtype == np.float32 or a.shape[1] % width == 0)
+            for a in _arrays(*variables)
+        )
 
 
 @functools.cache
@@ -120,11 +227,6 @@ def _width(dtype) -> int:
     return 16 // np.dtype(dtype).itemsize
 
 
-def _dtype():
-    """Type of the activations."""
-    return np.dtype("f2" if precision == "fp16" else "f4")
-
-
 def _unscale(dtype) -> float:
     """What a gradient of this type is multiplied by to be the gradient."""
     return 1 / SCALE if dtype == np.float16 else 1.0
@@ -137,18 +239,6 @@ def _arrays(*variables) -> list:
 def _are_floats(*variables) -> bool:
     return all(
         isinstance(a, ARRAY) and a.dtype == np.float32 and a.size for a in _arrays(*variables)
-    )
-
-
-def _are_activations(*variables) -> bool:
-    """Whether these are images that every kernel can take as they are, or once they are packed."""
-    width = _width(_dtype())
-    return all(
-        isinstance(a, ARRAY)
-        and a.size
-        and a.dtype in (np.float32, _dtype())
-        and (a.dtype == np.float32 or a.shape[1] % width == 0)
-        for a in _arrays(*variables)
     )
 
 
@@ -177,9 +267,8 @@ def _unpacked(x, y, factor: float) -> None:
     _launch_on(x, "unpack", y.size, x, y, y.size, c, h * w, x.shape[3], factor)
 
 
-def _activation(x):
+def _activation(x, dtype):
     """(N, C, H, W) as (N, H, W, C) of the type of the activations, C widened to fit."""
-    dtype = _dtype()
     channels = -(-x.shape[1] // _width(dtype)) * _width(dtype)
     if x.dtype == dtype and x.shape[1] == channels:
         return _rows(x)
@@ -187,7 +276,7 @@ def _activation(x):
 
 
 def _as_gradient_of(x, rows):
-    """The gradient of x, given that of ``_activation(x)``."""
+    """The gradient of x, given that of its ``_activation``."""
     if rows.dtype == x.dtype and rows.shape[3] == x.shape[1]:
         return _images(rows)
     gx = _xp().empty(x.shape, x.dtype)
@@ -241,8 +330,12 @@ def _shortcut_gradient(g, shape: tuple[int, ...]):
 
 
 class _Node(Node):
+    def __init__(self, backend: Cuda) -> None:
+        super().__init__()
+        self.backend = backend
+
     def backward_accumulate(self, indexes, grad_outputs, grad_inputs):
-        if chainer.config.enable_backprop and _dtype() == np.float16:
+        if chainer.config.enable_backprop and self.backend.dtype == np.float16:
             raise RuntimeError("gradients of gradients: not in fp16; legal: fp32 and tf32")
         return super().backward_accumulate(indexes, grad_outputs, grad_inputs)
 
@@ -258,31 +351,27 @@ class _Node(Node):
 class _Layer(_Node):
     """relu(BN(convolution(x, W)) + A(shortcut)), with the statistics of the batch if it trains."""
 
-    def __init__(self, bn, stride: int) -> None:
-        super().__init__()
-        self.bn = bn
-        self.stride = stride
+    def __init__(self, backend: Cuda, layer: Layer) -> None:
+        super().__init__(backend)
+        self.bn, self.stride = layer.bn, layer.stride
         self.trains = chainer.config.train
 
     def reference(self, x, w, gamma, beta, shortcut=None):
-        h, bn = stock.convolution(x, w, self.stride), self.bn
-        if self.trains:
-            y = F.batch_normalization(h, gamma, beta, eps=bn.eps)
-        else:
-            y = F.fixed_batch_normalization(h, gamma, beta, bn.avg_mean, bn.avg_var, bn.eps)
-        return F.relu(y if shortcut is None else y + stock.as_shortcut(shortcut, y))
+        h = REFERENCE.convolution(x, w, stride=self.stride)
+        y = normalized(h, gamma, beta, self.bn, self.trains)
+        return F.relu(y if shortcut is None else y + widened(shortcut, y))
 
     def forward(self, inputs):
         self.retain_inputs(tuple(range(len(inputs))))
         x, w, gamma, beta, *shortcut = inputs
-        bn, xp = self.bn, _xp()
-        self.x = _activation(x)
+        bn, xp, dtype = self.bn, _xp(), self.backend.dtype
+        self.x = _activation(x, dtype)
         n, height, width, channels_in = self.x.shape
         shape, channels = (n, channels_in, height, width), len(w)
-        self.filters = _packed(w, channels_in, _dtype())
-        self.convolution = cudnn.convolution(shape, channels, self.stride, precision)
+        self.filters = _packed(w, channels_in, dtype)
+        self.convolution = cudnn.convolution(shape, channels, self.stride, self.backend.precision)
         _, _, height, width = self.convolution.out_shape
-        self.h = h = xp.empty((n, height, width, channels), _dtype())
+        self.h = h = xp.empty((n, height, width, channels), dtype)
         self.convolution.forward(self.x, self.filters, h)
         self.stats = xp.empty((4, channels), np.float32)
         averages = bn.avg_mean, bn.avg_var
@@ -296,7 +385,7 @@ class _Layer(_Node):
             moments = gamma, beta, float(bn.eps), *averages, channels, self.stats
             _launch("fixed_moments", channels, *moments)
         self.y = xp.empty_like(h)
-        self.shortcut = _activation(shortcut[0]) if shortcut else None
+        self.shortcut = _activation(shortcut[0], dtype) if shortcut else None
         _normalize(h, self.stats, self.shortcut, self.y)
         y = _images(self.y)
         if not shortcut:  # its mask is computed again: to read y costs more
@@ -327,30 +416,24 @@ class _Layer(_Node):
         _unpacked(filters, results[1], unscale)
         if 4 in earlier:
             rows = _shortcut_gradient(g, self.shortcut.shape)  # or g, which has been read by now
-            results[4] = _sum(_as_gradient_of(shortcut[0], rows), earlier[4])
+            results[4] = self.sum(_as_gradient_of(shortcut[0], rows), earlier[4])
             earlier[4] = None
         if 0 in earlier:
             gx = xp.empty_like(self.x)
             self.convolution.backward_data(gh, self.filters, gx)
-            results[0] = _sum(_as_gradient_of(x, gx), earlier[0])
+            results[0] = self.sum(_as_gradient_of(x, gx), earlier[0])
             earlier[0] = None
         return accumulated(indexes, results, earlier.values())
 
-
-def _sum(gx, earlier):
-    """gx, which is not in use elsewhere, plus the gradient that was there before or None."""
-    if earlier is None:
-        return gx
-    if gx.dtype != _dtype() or gx.shape[1] % _width(_dtype()):
-        return gx + earlier
-    total, rows = _rows(gx), _rows(earlier)
-    _launch_on(rows, "add", rows.size // _width(rows.dtype), rows, total, rows.size)
-    return _images(total)
-
-
-def _with_stock(function, *variables):
-    """One of Chainer's own functions on float32 variables."""
-    return function(*(_as_float32(v) for v in variables))
+    def sum(self, gx, earlier):
+        """gx, which is not in use elsewhere, plus the gradient that was there before or None."""
+        if earlier is None:
+            return gx
+        if gx.dtype != self.backend.dtype or gx.shape[1] % _width(gx.dtype):
+            return gx + earlier
+        total, rows = _rows(gx), _rows(earlier)
+        _launch_on(rows, "add", rows.size // _width(rows.dtype), rows, total, rows.size)
+        return _images(total)
 
 
 class _Cast(_Node):
@@ -364,38 +447,11 @@ class _Cast(_Node):
         return accumulated(indexes, {0: (gy * np.float32(SCALE)).astype(np.float16)}, before)
 
 
-def _as_float32(x):
-    if x.dtype == np.float16:
-        return _Cast().apply((x,))[0]
-    return x
-
-
-def layer(x, W, bn, stride: int = 1, shortcut=None):
-    images = (x,) if shortcut is None else (x, shortcut)
-    channels, *size = W.shape[0], *W.shape[2:]
-    width = _width(_dtype())
-    if (
-        not _are_activations(*images)
-        or not _are_floats(W, bn.gamma, bn.beta, bn.avg_mean, bn.avg_var)
-        or size != [cudnn.KERNEL] * 2
-        or channels % width
-        or channels > THREADS
-        or (shortcut is not None and shortcut.shape[1] % width)
-    ):
-        return _with_stock(lambda *v: stock.layer(v[0], W, bn, stride, *v[1:]), *images)
-    inputs = (x, W, bn.gamma, bn.beta) + (() if shortcut is None else (shortcut,))
-    return _Layer(bn, stride).apply(inputs)[0]
-
-
-def layers(x, layers):
-    return stock.layers(x, layers, layer)
-
-
 class _AddReLU(_Node):
     """relu(x + A(shortcut))."""
 
     def reference(self, x, shortcut):
-        return stock.add_relu(x, shortcut)
+        return F.relu(x + widened(shortcut, x))
 
     def forward(self, inputs):
         self.retain_inputs((0, 1))
@@ -413,20 +469,11 @@ class _AddReLU(_Node):
         return accumulated(indexes, results, before)
 
 
-def add_relu(x, shortcut):
-    arrays = _arrays(x, shortcut)
-    width = _width(_dtype())
-    fits = all(a.dtype == _dtype() and a.shape[1] % width == 0 for a in arrays)
-    if not fits or not _are_activations(*arrays):
-        return _with_stock(stock.add_relu, x, shortcut)
-    return _AddReLU().apply((x, shortcut))[0]
-
-
 class _AveragePooling(_Node):
     """Mean over the pixels, float32."""
 
     def reference(self, x):
-        return stock.average_pooling(x)
+        return REFERENCE.average_pooling(x)
 
     def forward(self, inputs):
         self.retain_inputs((0,))
@@ -446,18 +493,11 @@ class _AveragePooling(_Node):
         return accumulated(indexes, [_images(gx)], before)
 
 
-def average_pooling(x):
-    array = getattr(x, "array", x)
-    if not _are_activations(array) or array.dtype != _dtype():
-        return _with_stock(stock.average_pooling, x)
-    return _AveragePooling().apply((x,))[0]
-
-
 class _Linear(_Node):
     """x W^T + b."""
 
     def reference(self, x, w, b):
-        return stock.linear(x, w, b)
+        return REFERENCE.linear(x, w, b)
 
     def forward(self, inputs):
         self.retain_inputs((0, 1, 2))
@@ -480,17 +520,11 @@ class _Linear(_Node):
         return accumulated(indexes, results, before)
 
 
-def linear(x, W, b):
-    if not _are_floats(x, W, b):
-        return stock.linear(x, W, b)
-    return _Linear().apply((x, W, b))[0]
-
-
 class _SoftmaxCrossEntropy(_Node):
     """Mean cross entropy; its gradient is computed along with it."""
 
-    def __init__(self, t) -> None:
-        super().__init__()
+    def __init__(self, backend: Cuda, t) -> None:
+        super().__init__(backend)
         self.t = t
 
     def reference(self, y):
@@ -510,13 +544,6 @@ class _SoftmaxCrossEntropy(_Node):
         return accumulated(indexes, [g], before)
 
 
-def softmax_cross_entropy(y, t):
-    t = getattr(t, "array", t)
-    if not _are_floats(y) or not isinstance(t, ARRAY) or t.dtype != np.int32:
-        return stock.softmax_cross_entropy(y, t)
-    return _SoftmaxCrossEntropy(t).apply((y,))[0]
-
-
 class _FlatMomentumSGD(FlatMomentumSGD):
     """Gradients are written straight to their places, and stay there until the next backward pass.
 
@@ -528,11 +555,11 @@ class _FlatMomentumSGD(FlatMomentumSGD):
             float16 ones may be; int64 () on the GPU. None at another precision: all are taken.
     """
 
-    def __init__(self, momentum: float, weight_decay: float) -> None:
+    def __init__(self, momentum: float, weight_decay: float, dtype) -> None:
         super().__init__(momentum, weight_decay)
         self.rate = _xp().zeros(1, np.float32)
         self._sent = 0.0
-        halves = precision == "fp16"
+        halves = dtype == np.float16
         self.skipped = _xp().zeros((), np.int64) if halves else None
         self._overflow = _xp().zeros(1, np.int32) if halves else None
 
@@ -562,9 +589,3 @@ class _FlatMomentumSGD(FlatMomentumSGD):
         for parameter, part in self._parts:
             gradient = None if part is None else self.gradients[part].reshape(parameter.shape)
             parameter.place_of_gradient = gradient
-
-
-def momentum_sgd(network, momentum: float, weight_decay: float):
-    if not _are_floats(*network.params()):
-        return stock.momentum_sgd(network, momentum, weight_decay)
-    return _FlatMomentumSGD(momentum, weight_decay).setup(network)

@@ -33,3 +33,10 @@ def accumulated(indexes, results, before) -> list:
     """The results asked for, each with the gradient that was there before."""
     pairs = zip(indexes, before, strict=True)
     return [results[i] if earlier is None else results[i] + earlier for i, earlier in pairs]
+
+
+def normalized(x, gamma, beta, bn, trains: bool):
+    """BN(x) as the link ``bn`` computes it, of variables for gamma and beta; no averages change."""
+    if trains:
+        return F.batch_normalization(x, gamma, beta, eps=bn.eps)
+    return F.fixed_batch_normalization(x, gamma, beta, bn.avg_mean, bn.avg_var, eps=bn.eps)

@@ -9,16 +9,20 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import chainer
 import numpy as np
 from chainer import functions as F
 
-from resnet.functions import primitives, stock
+from resnet.functions import primitives
 from resnet.functions.flat import FlatMomentumSGD
-from resnet.functions.node import Node, accumulated
+from resnet.functions.fused import Fused, Layer, Unfinished, chain
+from resnet.functions.node import Node, accumulated, normalized
 from resnet.functions.primitives import Missing
+from resnet.functions.reference import REFERENCE, widened
 
 try:
     from resnet.functions import kernels, winograd
@@ -27,12 +31,6 @@ except ImportError:  # without Numba; available() says so
 
 WIDTH = 256  # values of a row: vectors are well used, a row stays in the innermost cache
 
-average_pooling = stock.average_pooling
-linear = stock.linear
-softmax_cross_entropy = stock.softmax_cross_entropy
-
-
-_by_tiles = False  # whether Winograd's convolution takes the place of oneDNN's where it can
 _started = _forked = False  # OpenMP's threads; whether this process is a fork of one that had them
 
 
@@ -62,21 +60,67 @@ def threads() -> int:
     return min(int(wanted), here) if wanted.isdigit() and int(wanted) else here
 
 
-def describe() -> str:
-    _, libraries = available()
-    if _by_tiles:
-        return f"winograd (F(4x4, 3x3) with {winograd.vectors()}, {libraries})"
-    without = "" if winograd.vectors() else "; without Winograd's convolution: no AVX2"
-    return f"onednn ({libraries}{without})"
+class OneDNN(Fused):
+    """oneDNN's convolutions, and Winograd's in the place of those it can be.
 
+    Args:
+        by_tiles: Whether Winograd's may.
+    """
 
-def start(by_tiles: bool) -> None:
-    """Prepare this process: its convolutions, its threads and its memory."""
-    global _started, _by_tiles
-    _started = True
-    _by_tiles = by_tiles and bool(winograd.vectors())
-    kernels.numba.set_num_threads(min(threads(), kernels.numba.config.NUMBA_NUM_THREADS))
-    _reuse_memory()
+    def __init__(self, by_tiles: bool = True) -> None:
+        global _started
+        _started = True
+        self.by_tiles = by_tiles and bool(winograd.vectors())
+        kernels.numba.set_num_threads(min(threads(), kernels.numba.config.NUMBA_NUM_THREADS))
+        _reuse_memory()
+
+    def describe(self) -> str:
+        _, libraries = available()
+        if self.by_tiles:
+            return f"winograd (F(4x4, 3x3) with {winograd.vectors()}, {libraries})"
+        without = "" if winograd.vectors() else "; without Winograd's convolution: no AVX2"
+        return f"onednn ({libraries}{without})"
+
+    def first_start(self) -> str:
+        # Numba keeps what it has compiled: it is said, and waited for, once.
+        if any(Path(kernels.convolve.stats.cache_path).glob("kernels.*.nbc")):
+            return ""
+        return "First start: the kernels are compiled now, about a minute, once."
+
+    def fits(self, x, W) -> bool:
+        images = () if isinstance(x, Unfinished) else (x,)
+        return _fits(W, *images) and W.shape[2:] == (primitives.KERNEL,) * 2
+
+    def prepare(self, shape: tuple[int, ...], channels: int, stride: int):
+        """What computes ``channels`` filters on (N, C, H, W)."""
+        if self.by_tiles and winograd.fits(shape, channels, stride):
+            return winograd.convolution(shape, threads())
+        return primitives.convolution(shape, channels, stride, threads())
+
+    def convolve(self, x, W, stride: int):
+        return _Convolution(self, stride).apply((x, W))[0]
+
+    def layer(self, layer: Layer):
+        row, starts = chain(layer)
+        if not row or not all(_fits(each.bn.gamma, each.bn.beta) for each in row):
+            return self.one_by_one(layer)
+        inputs = [row[0].x]
+        for each in row:
+            inputs += [each.W, each.bn.gamma, each.bn.beta]
+        (y,) = _Layers(self, row, starts).apply(inputs)
+        for each in row:
+            each.counts = each.counts and not chainer.config.train
+        return y
+
+    def add_relu(self, x, shortcut):
+        if not _fits(x, shortcut):
+            return REFERENCE.relu(x + widened(shortcut, x))
+        return _AddReLU().apply((x, shortcut))[0]
+
+    def momentum_sgd(self, network, momentum: float, weight_decay: float):
+        if not _fits(*network.params()):
+            return super().momentum_sgd(network, momentum, weight_decay)
+        return _FlatMomentumSGD(momentum, weight_decay).setup(network)
 
 
 def _after_fork() -> None:
@@ -138,11 +182,37 @@ _NOTHING = np.empty((0, 0), np.float32)
 _NO_ROWS = np.empty((0, 0, 0), np.float32)
 
 
-def _convolution(shape: tuple[int, ...], channels: int, stride: int):
-    """What computes a layer of ``channels`` filters on (N, C, H, W)."""
-    if _by_tiles and winograd.fits(shape, channels, stride):
-        return winograd.convolution(shape, threads())
-    return primitives.convolution(shape, channels, stride, threads())
+class _Convolution(Node):
+    """A convolution by itself, without what is computed along with it in a layer."""
+
+    def __init__(self, backend: OneDNN, stride: int) -> None:
+        super().__init__()
+        self.backend, self.stride = backend, stride
+
+    def reference(self, x, W):
+        return REFERENCE.convolution(x, W, stride=self.stride)
+
+    def forward(self, inputs):
+        self.retain_inputs((0, 1))
+        x, w = inputs
+        self.convolution = self.backend.prepare(x.shape, len(w), self.stride)
+        y = _empty_rows(self.convolution.out_shape)
+        x = _rows(_channels_last(x))
+        self.convolution.convolve(x, _NOTHING, _NO_ROWS, _NO_ROWS, w, y)
+        return (_images(y, self.convolution.out_shape),)
+
+    def gradients(self, indexes, gy, before):
+        x, w = (v.array for v in self.get_retained_inputs())
+        g, gw = _rows(_channels_last(gy)), np.empty_like(w)
+        gx = _empty_rows(x.shape) if 0 in indexes else _NO_ROWS
+        as_it_is = np.zeros((3, g.shape[2]), np.float32)  # 1 * g + 0 * g + 0
+        as_it_is[0] = 1
+        rows = _rows(_channels_last(x))
+        self.convolution.gradients(g, g, as_it_is, rows, _NOTHING, _NO_ROWS, w, gw, gx, adds=False)
+        results = {1: gw}
+        if 0 in indexes:
+            results[0] = _images(gx, x.shape)
+        return accumulated(indexes, results, before)
 
 
 class _Done(NamedTuple):
@@ -161,27 +231,24 @@ class _Layers(Node):
     what layer i reads; the last one is the output.
     """
 
-    def __init__(self, layers) -> None:
+    def __init__(self, backend: OneDNN, layers: Sequence[Layer], starts: dict[int, int]) -> None:
         super().__init__()
-        self.layers = layers
+        self.backend, self.starts = backend, starts
+        self.strides = [layer.stride for layer in layers]
+        self.bns = [layer.bn for layer in layers]
+        self.decays = [layer.bn.decay if layer.counts else 1.0 for layer in layers]
         self.trains = chainer.config.train
 
-    def reference(self, x, *parameters):
-        pairs = zip(parameters[::3], self.layers, strict=True)
-        layers = [layer._replace(W=W) for W, layer in pairs]
-        others = (p for i, p in enumerate(parameters) if i % 3)  # gamma and beta of each
-
-        def layer(x, W, bn, stride, shortcut):
-            h = stock.convolution(x, W, stride)
-            if self.trains:
-                y = F.batch_normalization(h, next(others), next(others), eps=bn.eps)
-            else:
-                y = F.fixed_batch_normalization(
-                    h, next(others), next(others), bn.avg_mean, bn.avg_var, eps=bn.eps
-                )
-            return F.relu(y if shortcut is None else y + stock.as_shortcut(shortcut, y))
-
-        return stock.layers(x, layers, layer)
+    def reference(self, *parameters):
+        inputs = [parameters[0]]
+        for i, (stride, bn) in enumerate(zip(self.strides, self.bns, strict=True)):
+            W, gamma, beta = parameters[3 * i + 1 : 3 * i + 4]
+            y = REFERENCE.convolution(inputs[i], W, stride=stride)
+            y = normalized(y, gamma, beta, bn, self.trains)
+            if i + 1 in self.starts:
+                y += widened(inputs[self.starts[i + 1]], y)
+            inputs.append(F.relu(y))
+        return inputs[-1]
 
     def forward(self, inputs):
         self.retain_inputs(tuple(range(len(inputs))))
@@ -189,25 +256,24 @@ class _Layers(Node):
         self.shapes = [x.shape]  # of input i
         self.kept = {0: _rows(_channels_last(x))}  # the rows of input i, if they are kept
         self.done: list[_Done] = []
-        # Where the shortcut that ends at input i starts.
-        starts = {i: i - layer.around for i, layer in enumerate(self.layers, 1) if layer.around}
+        starts = self.starts
         h, normalization = self.kept[0], _NOTHING
-        for i, (_, bn, stride, _) in enumerate(self.layers):
+        for i, stride in enumerate(self.strides):
             w, gamma, beta = parameters[3 * i : 3 * i + 3]
-            convolution = _convolution(self.shapes[i], len(w), stride)
+            convolution = self.backend.prepare(self.shapes[i], len(w), stride)
             y = _empty_rows(convolution.out_shape)
             if i > 0 and (i in starts or i in starts.values()):
                 self.kept[i] = np.empty_like(h)
             shortcut, out = self._shortcut(starts.get(i), i), self.kept.get(i, _NO_ROWS)
             parts = convolution.convolve(h, normalization, shortcut, out, w, y)
-            h, normalization = y, self._normalization(bn, parts, convolution, gamma, beta)
+            h, normalization = y, self._normalization(i, parts, convolution, gamma, beta)
             self.shapes.append(convolution.out_shape)
             if chainer.config.enable_backprop:
                 self.done.append(_Done(convolution, h, normalization))
             else:
                 later = {start for end, start in starts.items() if end > i}
                 self.kept = {k: rows for k, rows in self.kept.items() if k in later}
-        last = len(self.layers)
+        last = len(self.bns)
         self.kept[last] = np.empty_like(h)
         kernels.finish(h, normalization, self._shortcut(starts.get(last), last), self.kept[last])
         return (_images(self.kept[last], self.shapes[last]),)
@@ -218,14 +284,14 @@ class _Layers(Node):
             return _NO_ROWS
         return _widen(self.kept[start], self.shapes[start], self.shapes[end])
 
-    def _normalization(self, bn, parts, convolution, gamma, beta) -> np.ndarray:
+    def _normalization(self, i: int, parts, convolution, gamma, beta) -> np.ndarray:
         """scale, shift, mean and 1 / deviation, each repeated for the pixels that a row joins."""
         n, channels, *size = convolution.out_shape
-        width = parts.shape[2]
+        width, bn = parts.shape[2], self.bns[i]
         if self.trains:
             pixels = math.prod(size) // (width // channels)
             mean, var = kernels.batch_statistics(
-                parts, convolution.images, n, pixels, bn.avg_mean, bn.avg_var, bn.decay
+                parts, convolution.images, n, pixels, bn.avg_mean, bn.avg_var, self.decays[i]
             )
         else:
             mean, var = bn.avg_mean, bn.avg_var
@@ -233,7 +299,7 @@ class _Layers(Node):
 
     def gradients(self, indexes, gy, before):
         weights = [v.array for v in self.get_retained_inputs()[1::3]]
-        last = len(self.layers)
+        last = len(self.bns)
         convolution, h, normalization = self.done[-1]
         gy = _rows(_channels_last(gy))
         g = np.empty_like(gy)  # of what layer i normalized
@@ -243,8 +309,8 @@ class _Layers(Node):
         results = {}
         added = {}  # by shortcuts, to the gradient of input i
         for i in reversed(range(last)):
-            if around := self.layers[i].around:
-                start = i + 1 - around
+            if i + 1 in self.starts:
+                start = self.starts[i + 1]
                 more = _shortcut_gradient(g, self.shapes[i + 1], self.shapes[start])
                 if start in added:
                     kernels.add(more, added[start])
@@ -281,16 +347,6 @@ class _Layers(Node):
         return ggamma, gbeta, parts
 
 
-def layers(x, layers):
-    inputs = [x]
-    for layer in layers:
-        inputs += [layer.W, layer.bn.gamma, layer.bn.beta]
-    kernel = (primitives.KERNEL,) * 2
-    if not _fits(*inputs) or any(layer.W.shape[2:] != kernel for layer in layers):
-        return stock.layers(x, layers)
-    return _Layers(layers).apply(inputs)[0]
-
-
 def _step(shape: tuple[int, ...], small: tuple[int, ...]) -> int:
     return -(-shape[2] // small[2])
 
@@ -324,7 +380,7 @@ class _AddReLU(Node):
     """relu(x + A(shortcut))."""
 
     def reference(self, x, shortcut):
-        return stock.add_relu(x, shortcut)
+        return F.relu(x + widened(shortcut, x))
 
     def forward(self, inputs):
         self.retain_inputs((0, 1))
@@ -343,12 +399,6 @@ class _AddReLU(Node):
         return accumulated(indexes, results, before)
 
 
-def add_relu(x, shortcut):
-    if not _fits(x, shortcut):
-        return stock.add_relu(x, shortcut)
-    return _AddReLU().apply((x, shortcut))[0]
-
-
 class _FlatMomentumSGD(FlatMomentumSGD):
     def step(self) -> None:
         kernels.momentum_step(
@@ -359,9 +409,3 @@ class _FlatMomentumSGD(FlatMomentumSGD):
             np.float32(self.momentum),
             np.float32(self.weight_decay),
         )
-
-
-def momentum_sgd(network, momentum: float, weight_decay: float):
-    if not _fits(*network.params()):
-        return stock.momentum_sgd(network, momentum, weight_decay)
-    return _FlatMomentumSGD(momentum, weight_decay).setup(network)

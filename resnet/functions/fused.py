@@ -1,0 +1,224 @@
+"""What the compiled backends share: operations that wait until several can be computed in one pass.
+
+A module says one operation after the other, as the report's figures do. The compiled backends are
+fast because they compute several of them at once: a layer, or all layers of a block. So their
+operations return variables that have no array yet, and remember what they are. The first look at
+one computes it: its ``array``, a gradient, any other function of Chainer, ``finished``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import NamedTuple
+
+import chainer
+from chainer import functions as F
+from chainer import links as L
+
+from resnet.functions.reference import Reference, widened
+
+SETTINGS = ("train", "enable_backprop")  # of chainer.config, those that a result depends on
+
+
+def settings() -> list[bool]:
+    return [getattr(chainer.config, name) for name in SETTINGS]
+
+
+class Convolution(NamedTuple):
+    x: chainer.Variable
+    W: chainer.Parameter
+    stride: int
+
+
+class Normalization(NamedTuple):
+    x: Unfinished  # a convolution
+    bn: L.BatchNormalization
+
+
+class Shortcut(NamedTuple):
+    x: chainer.Variable
+    channels: int
+    stride: int
+
+
+class Sum(NamedTuple):
+    x: chainer.Variable
+    y: chainer.Variable
+
+
+class Layer:
+    """``relu(BN(convolution(x, W)) + A(shortcut))``; A is option A, the shortcut may be None."""
+
+    def __init__(self, normalization: Normalization, shortcut=None) -> None:
+        convolution, self.bn = normalization
+        self.x, self.W, self.stride = convolution.operation
+        self.shortcut = shortcut
+        self.counts = True  # for the running averages: once, however often it is computed
+
+
+class Unfinished(chainer.Variable):
+    """A variable that is an operation on others until somebody looks at it.
+
+    It is computed under the configuration in which it was made, with the parameters as they are
+    then.
+
+    Args:
+        backend: What computes it.
+        shape: (N, C, H, W) of the array to come.
+        operation: What it is: one of the classes above.
+    """
+
+    def __init__(self, backend: Fused, shape: tuple[int, ...], operation) -> None:
+        # Not Variable's own, which wants the array; see ``__getattr__``.
+        self.backend, self.operation, self._shape = backend, operation, shape
+        self.settings = settings()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def __add__(self, other):
+        if isinstance(other, chainer.Variable) and other.shape == self.shape:
+            return Unfinished(self.backend, self.shape, Sum(self, other))
+        return super().__add__(other)
+
+    def __radd__(self, other):
+        return self + other
+
+    def __getattr__(self, name: str):
+        """Compute it: asked for is what a variable has, and this one has not yet."""
+        if name.startswith("__") or self.operation is None:
+            raise AttributeError(name)
+        self.look()
+        return getattr(self, name)
+
+    def look(self) -> None:
+        """Compute it, unless it is."""
+        if self.operation is None:
+            return
+        with contextlib.ExitStack() as stack:
+            for setting, value in zip(SETTINGS, self.settings, strict=True):
+                stack.enter_context(chainer.using_config(setting, value))
+            finished = self.backend.compute(self.operation)
+        self.operation = None  # and with it what was needed for it
+        vars(self).update(vars(finished))
+        self._node._variable = weakref.ref(self)
+
+
+def is_waiting(x, *kinds: type) -> bool:
+    """Whether ``x`` is one of these operations, and not computed yet."""
+    return isinstance(x, Unfinished) and isinstance(x.operation, kinds)
+
+
+def chain(layer: Layer) -> tuple[list[Layer], dict[int, int]]:
+    """Find the layers in a row up to this one that nobody has looked at.
+
+    Returns:
+        The layers, and where the shortcut that ends at input i starts, {i: j}; input i is what
+        layer i reads, the last one the output. Without layers if it is elsewhere.
+    """
+    row = [layer]
+    while is_waiting(x := row[0].x, Layer) and x.settings == settings():
+        row.insert(0, x.operation)
+    for begin in range(len(row)):
+        some = row[begin:]
+        inputs = [id(each.x) for each in some]
+        ends = {i: id(each.shortcut) for i, each in enumerate(some, 1) if each.shortcut is not None}
+        if all(start in inputs[:i] for i, start in ends.items()):
+            return some, {i: inputs.index(start) for i, start in ends.items()}
+    return [], {}
+
+
+class Fused(Reference):
+    """A backend that computes whole layers; what it is not made for, Chainer computes."""
+
+    # What a subclass has.
+
+    def fits(self, x, W) -> bool:
+        """Whether this backend can convolve ``x`` with ``W``; not a look at ``x``."""
+        raise NotImplementedError
+
+    def convolve(self, x, W, stride: int):
+        """A convolution by itself."""
+        raise NotImplementedError
+
+    def layer(self, layer: Layer):
+        """A layer, and with it those before it in a ``chain`` if that is faster."""
+        raise NotImplementedError
+
+    def add_relu(self, x, shortcut):
+        """``relu(x + A(shortcut))``."""
+        raise NotImplementedError
+
+    # The operations.
+
+    def convolution(self, x, W, b=None, stride: int = 1):
+        x = chainer.as_variable(x)
+        if not self.fits(x, W):
+            return super().convolution(x, W, b, stride)
+        y = Unfinished(self, strided(x.shape, len(W), stride), Convolution(x, W, stride))
+        return y if b is None else F.bias(y, b)
+
+    def normalization(self, x, bn: L.BatchNormalization):
+        if is_waiting(x, Convolution):
+            return Unfinished(self, x.shape, Normalization(x, bn))
+        return super().normalization(x, bn)
+
+    def option_a(self, x, channels: int, stride: int):
+        x = chainer.as_variable(x)
+        shape = strided(x.shape, channels, stride)
+        return x if shape == x.shape else Unfinished(self, shape, Shortcut(x, channels, stride))
+
+    def relu(self, x):
+        if is_waiting(x, Normalization):
+            return Unfinished(self, x.shape, Layer(x.operation))
+        if not is_waiting(x, Sum):
+            return super().relu(x)
+        y, other = x.operation
+        if is_waiting(other, Normalization) or is_waiting(y, Shortcut):
+            y, other = other, y
+        shortcut = other.operation.x if is_waiting(other, Shortcut) else other
+        if is_waiting(y, Normalization):
+            return Unfinished(self, x.shape, Layer(y.operation, shortcut))
+        self.finished(shortcut)  # first, as y may come out of it
+        return self.add_relu(self.finished(y), shortcut)
+
+    def finished(self, x):
+        if isinstance(x, Unfinished):
+            x.look()
+        return x
+
+    def one_by_one(self, layer: Layer):
+        """Compute a layer out of a convolution and Chainer's own functions."""
+        h = self.convolve(layer.x, layer.W, layer.stride)
+        with chainer.using_config("in_recomputing", not layer.counts):
+            y = super().normalization(h, layer.bn)
+        layer.counts = layer.counts and not chainer.config.train
+        if layer.shortcut is not None:
+            y += widened(self.float32(layer.shortcut), y)
+        return F.relu(y)
+
+    def float32(self, x):
+        """An activation as Chainer's own functions take it."""
+        return x
+
+    def compute(self, operation) -> chainer.Variable:
+        """What an operation gives, computed now."""
+        match operation:
+            case Convolution(x, W, stride):
+                return self.convolve(x, W, stride)
+            case Normalization(x, bn):
+                return super().normalization(x, bn)
+            case Shortcut(x, channels, stride):
+                return super().option_a(x, channels, stride)
+            case Sum(x, y):
+                return F.add(x, y)
+            case Layer():
+                return self.layer(operation)
+
+
+def strided(shape: tuple[int, ...], channels: int, stride: int) -> tuple[int, ...]:
+    """(N, C, H, W) -> (N, ``channels``, H / stride, W / stride), rounded up."""
+    n, _, *size = shape
+    return n, channels, *(-(-length // stride) for length in size)

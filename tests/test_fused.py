@@ -1,0 +1,123 @@
+"""Operations that wait: what is computed, when, and how often."""
+
+import chainer
+import numpy as np
+import pytest
+import torch
+from chainer import links as L
+from conftest import layer
+from torch.nn import functional as F
+
+from resnet import functions
+from resnet.blocks import Block
+from resnet.modules import ResidualModule
+
+TOLERANCE = 1e-5  # of the largest value; the sums have up to 144 terms in float32
+
+
+def normal(*shape, seed=0):
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+def assert_close(found, expected):
+    found, expected = (chainer.cuda.to_cpu(each) for each in (found, expected))
+    assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
+
+
+def make(backend, kind, *arguments):
+    link = kind(*arguments, np.random.RandomState(0))
+    link.to_device(backend)
+    return link
+
+
+def averages(link):
+    return [each.avg_mean.copy() for each in link.links() if isinstance(each, L.BatchNormalization)]
+
+
+def test_what_comes_out_of_a_module_is_a_variable_like_any_other(backend):
+    x = chainer.Variable(backend.send(normal(2, 16, 8, 8)))
+    y = make(backend, ResidualModule, 16, 32, 2)(x)
+    assert isinstance(y, chainer.Variable) and y.shape == (2, 32, 4, 4)
+    assert y.array.shape == y.shape and y.dtype == np.float32
+    chainer.functions.sum(chainer.functions.sigmoid(y) * y).backward()
+    assert x.grad.shape == x.shape
+
+
+def test_a_look_at_what_lies_between_changes_nothing(backend):
+    """Neither the result, nor a gradient, nor how often the running averages move."""
+    found = []
+    for look in (lambda hs: None, lambda hs: hs[1].array, lambda hs: [h.array for h in hs[::-1]]):
+        block = make(backend, Block, 3, 16, 16, 1)
+        x = chainer.Variable(backend.send(normal(4, 16, 8, 8)))
+        hs = [x]
+        for module in block:
+            hs.append(module(hs[-1]))
+        look(hs)
+        y = hs[-1]
+        block.cleargrads()
+        y.grad = backend.send(normal(*y.shape, seed=1))
+        y.backward()
+        look(hs)
+        gradients = [p.grad for _, p in sorted(block.namedparams())]
+        found.append([y.array, x.grad, *gradients, *averages(block)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert_close(b, a)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "test"])
+def test_it_is_computed_as_it_was_asked_for(backend, train):
+    """Under the configuration of that moment, whenever somebody looks."""
+    x = backend.send(normal(4, 16, 8, 8))
+    found = []
+    for early in (True, False):
+        module = make(backend, ResidualModule, 16, 16, 1)
+        with chainer.using_config("train", train), chainer.using_config("enable_backprop", train):
+            y = module(x)
+            if early:
+                functions.finished(y)
+        with chainer.using_config("train", not train):
+            found.append([y.array, *averages(module)])
+        assert (y.creator_node is not None) == train
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(chainer.cuda.to_cpu(a), chainer.cuda.to_cpu(b))
+    assert any(mean.any() for mean in found[0][1:]) == train
+
+
+def test_a_shortcut_may_come_from_anywhere(backend):
+    """Not only from a layer of the same row."""
+    x, other, w = normal(2, 16, 8, 8), normal(2, 16, 8, 8, seed=1), normal(16, 16, 3, 3, seed=2) / 9
+    ours = [chainer.Variable(backend.send(a)) for a in (x, other, w)]
+    theirs = [torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, other, w)]
+    bn = L.BatchNormalization(16)
+    bn.to_device(backend)
+    branch = layer(ours[1], ours[2], bn)
+    y = layer(layer(ours[0], ours[2], bn, shortcut=branch), ours[2], bn)
+
+    def their_layer(x, shortcut=0):
+        h = F.conv2d(x, theirs[2], padding=1)
+        return F.relu(F.batch_norm(h, None, None, training=True, eps=bn.eps) + shortcut)
+
+    expected = their_layer(their_layer(theirs[0], their_layer(theirs[1])))
+    assert_close(y.array, expected.detach().numpy())
+    chainer.functions.sum(y * y).backward()
+    expected.square().sum().backward()
+    for our, their in zip(ours, theirs, strict=True):
+        assert_close(our.grad, their.grad.numpy())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_by_itself(backend, stride, bias):
+    x, w, b = normal(3, 16, 8, 8), normal(32, 16, 3, 3, seed=1), normal(32, seed=2)
+    arrays = (x, w, b) if bias else (x, w)
+    ours = [chainer.Variable(backend.send(a)) for a in arrays]
+    theirs = [torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in arrays]
+    y = functions.convolution(*ours, stride=stride)
+    expected = F.conv2d(*theirs, stride=stride, padding=1)
+    assert y.shape == expected.shape
+    assert_close(y.array, expected.detach().numpy())
+    chainer.functions.sum(y * y).backward()
+    expected.square().sum().backward()
+    for our, their in zip(ours, theirs, strict=True):
+        assert_close(our.grad, their.grad.numpy())
