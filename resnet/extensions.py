@@ -23,9 +23,9 @@ from chainer.training.extensions import LogReport
 
 from resnet import arrays, files, flags, functions
 from resnet.arrays import Kind
+from resnet.batches import Images
 from resnet.command import InputError, clock, unheard
 from resnet.parallel import ALONE, Processes
-from resnet.updater import Images
 
 AFTER_LOG = training.PRIORITY_READER - 1  # priority of what needs the newest line of the log
 EVALUATION_BATCH = 500  # images at once; memory only, the result does not depend on it

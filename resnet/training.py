@@ -30,10 +30,11 @@ from resnet import (
     schedule,
     weights,
 )
+from resnet.batches import Batches, Images
 from resnet.command import USAGE, InputError, clock, reason, unheard
 from resnet.network import ARCHITECTURES, DEPTHS, Network, layers
 from resnet.parallel import ALONE, Processes
-from resnet.updater import Images, Updater
+from resnet.updater import Updater
 
 MOMENTUM = 0.9  # He et al. 2015, 4.2
 WEIGHT_DECAY = 1e-4  # He et al. 2015, 4.2
@@ -278,27 +279,20 @@ class Run:
         optimizer = functions.momentum_sgd(network, MOMENTUM, WEIGHT_DECAY)
         images = Images(self.train_x, self.train_y, self.mean, device)
         held_out = Images(data.test_x, data.test_y, self.mean, device)
-        updater = Updater(
-            optimizer,
-            images,
-            args.batchsize,
-            self.schedule,
-            self.warm_up,
-            self.stream,
-            self.setting.processes,
-            args.augmentation,
-        )
+        batches = Batches(images, args.batchsize, self.stream, args.augmentation)
+        processes = self.setting.processes
+        updater = Updater(optimizer, batches, self.schedule, self.warm_up, processes)
         until_done = extensions.UntilDone(iterations, self.request)
         trainer = training.Trainer(updater, until_done, out=str(self.folder))
         epoch_end = extensions.EpochEnd(iterations)
         # Loss and accuracy of the epoch's batches, as they were when each was trained on.
         trainer.extend(extensions.TrainingStatistics(), trigger=epoch_end)
         # Accuracy on every image of the test set.
-        evaluator = extensions.Evaluator(network, held_out, self.evaluation, self.setting.processes)
+        evaluator = extensions.Evaluator(network, held_out, self.evaluation, processes)
         trainer.extend(evaluator, trigger=epoch_end)
         # What this kind of training measures besides.
         self.extend(trainer)
-        if self.setting.processes.rank == 0:
+        if processes.rank == 0:
             # The JSON list that plots are made from.
             log_report = extensions.Log(self.folder / "log", epoch_end)
             trainer.extend(log_report, name="LogReport")  # as in snapshots

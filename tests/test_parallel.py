@@ -17,9 +17,10 @@ from conftest import ROOT, python
 from test_training import read_log
 
 from resnet import cifar10, files, functions, network, schedule, synthetic, training
+from resnet.batches import Batches, Images
 from resnet.command import InputError
 from resnet.parallel import ALONE, Processes
-from resnet.updater import Images, Updater
+from resnet.updater import Updater
 
 FLAGS = ("--n", "1", "--data", "synthetic", "--subset", "192", "-b", "48", "-d", "cpu",
          "--backend", "chainer")  # fmt: skip
@@ -95,7 +96,8 @@ def make_updater(size, batchsize, processes=ALONE, seed=0):
         network.resnet(1, seed), training.MOMENTUM, training.WEIGHT_DECAY
     )
     plan = schedule.epochs(2, (1, 1.5), size, batchsize)
-    return Updater(optimizer, images, batchsize, plan, seed=seed, processes=processes)
+    batches = Batches(images, batchsize, seed)
+    return Updater(optimizer, batches, plan, processes=processes)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])

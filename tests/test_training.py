@@ -24,8 +24,8 @@ import pytest
 from conftest import ROOT, python
 
 from resnet import extensions, files, flags, network, schedule, training, weights
+from resnet.batches import Images
 from resnet.command import InputError
-from resnet.updater import Images
 
 
 def make_run(dataset, out, *words, n=1):
@@ -623,7 +623,8 @@ def test_augmentation_is_part_of_a_run_and_of_its_folders_name(dataset, finished
     assert read_log(run.folder) != read_log(finished.folder)
     updater = run.make_trainer()[0].updater
     x, _ = updater.batch()
-    np.testing.assert_array_equal(x, updater.images.batch(updater._indices(np))[0])
+    batches = updater.batches
+    np.testing.assert_array_equal(x, batches.images.batch(batches.indices(0))[0])
 
 
 @pytest.mark.parametrize(
