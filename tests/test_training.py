@@ -33,7 +33,7 @@ def make_run(dataset, out, *words, n=1):
         ["--n", str(n), "-b", "16", "-e", "3", "--out", str(out), *words]
     )
     setting = training.Setting(args, dataset, "test", chainer.get_device("@numpy"), "chainer")
-    return training.Run("resnet", n, args.seed, setting)
+    return training.whole_network("resnet", n, args.seed, setting)
 
 
 def read_log(folder):
@@ -75,7 +75,7 @@ def test_a_run_leaves_log_blocks_snapshot_and_arguments(finished, capsys):
     start = record["starts"][0]
     assert start["versions"]["chainer"] == chainer.__version__
     assert start["device"].startswith("CPU")
-    assert start["data digest"] == finished.dataset.digest
+    assert start["data digest"] == finished.setting.dataset.digest
     assert start["packages"]["chainer"] == chainer.__version__
     description = weights.describe(folder / "blocks.h5")
     assert (description.architecture, description.n, description.epoch) == ("resnet", 1, 3)
@@ -146,14 +146,14 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     run = make_run(dataset, tmp_path / "stopped", "--warmup", "off")
     with monkeypatch.context() as patch:
         stop_after(patch, iteration, number)
-        with pytest.raises(SystemExit) as stopped, run.request:
+        with pytest.raises(SystemExit) as stopped, run.setting.request:
             run.train()
     assert stopped.value.code == training.UNFINISHED
     out = capsys.readouterr().out
     assert f"stopped by {number.name} after iteration {iteration}" in out
     assert f"to go on: {sys.executable}" in out
     assert not (run.folder / "blocks.h5").exists()
-    with run.request:
+    with run.setting.request:
         run.train()
     assert read_log(run.folder) == read_log(finished.folder)
     expected, found = read_blocks(finished.folder), read_blocks(run.folder)
@@ -251,7 +251,8 @@ def test_a_signal_in_a_runs_last_iteration_stops_before_the_next_run(
     monkeypatch.setattr(training, "prepare", lambda args: first.setting)
     stop_after(monkeypatch, first.schedule.iterations)
     with pytest.raises(SystemExit) as stopped:
-        training.run(functools.partial(training.Run, "resnet"), first.args, (1,))
+        make = functools.partial(training.whole_network, "resnet")
+        training.run(make, first.setting.args, (1,))
     assert stopped.value.code == training.UNFINISHED
     assert (tmp_path / "resnet-8-seed0" / "blocks.h5").exists()
     assert "stopped by SIGTERM after iteration 0" in capsys.readouterr().out
@@ -268,17 +269,17 @@ def test_a_run_whose_time_is_over_stops_and_goes_on_to_the_same_end(
     def last(updater):
         update(updater)
         if updater.iteration == iteration:
-            run.request.deadline = time.monotonic()
+            run.setting.request.deadline = time.monotonic()
 
     if iteration == 0:
-        run.request.deadline = time.monotonic()
+        run.setting.request.deadline = time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(training.Updater, "update", last)
         with pytest.raises(SystemExit) as stopped:
             run.train()
     assert stopped.value.code == training.UNFINISHED
     assert f"stopped by its time limit after iteration {iteration}" in capsys.readouterr().out
-    run.request.deadline = math.inf
+    run.setting.request.deadline = math.inf
     run.train()
     assert read_log(run.folder) == read_log(finished.folder)
 
@@ -314,11 +315,10 @@ def test_a_run_folder_has_one_writer_and_keeps_no_leftovers_of_killed_ones(datas
 def interrupted_run(dataset, out, monkeypatch, iteration=5):
     """A run with a snapshot after every iteration, stopped after ``iteration``."""
     run = make_run(dataset, out, "--snapshot-interval", "0")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit), run.request:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit), run.setting.request:
         stop_after(patch, iteration)
         run.train()
-    run.request = extensions.StopRequest()
-    return run
+    return make_run(dataset, out, "--snapshot-interval", "0")
 
 
 def test_only_the_newest_snapshots_are_kept(dataset, tmp_path, monkeypatch):
@@ -446,8 +446,7 @@ def test_what_a_damaged_snapshot_holds_never_reaches_the_run(
 def test_a_damaged_snapshot_takes_no_intact_ones_place(dataset, tmp_path, monkeypatch):
     run = interrupted_run(dataset, tmp_path, monkeypatch)
     (run.folder / "snapshot_iter_7.npz").write_bytes(b"damaged")
-    run.request = extensions.StopRequest()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit), run.request:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit), run.setting.request:
         stop_after(patch, 6)
         run.train()
     names = sorted(path.name for path in run.folder.glob("*.npz"))
@@ -602,7 +601,7 @@ def test_a_shortened_run_lies_beside_the_full_one_and_is_no_other_run(dataset, t
     words = ["--n", "1", "--data", "synthetic", "--out", str(tmp_path)]
     setting = make_run(dataset, tmp_path).setting
     full, quarter = (
-        training.Run("resnet", 1, 0, replace(setting, args=args))
+        training.whole_network("resnet", 1, 0, replace(setting, args=args))
         for args in map(
             flags.add_schedule(flags.parser("")).parse_args,
             (["-b", "16", *words], ["-b", "16", *words, "--shorten", "4"]),

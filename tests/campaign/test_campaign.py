@@ -104,13 +104,13 @@ def make_run(experiment, out):
     args = parser.parse_args([*words, "--warmup", "off"])
     args.stage, args.scale, args.freeze, args.new_ends = None, 1.0, False, False
     setting = training.Setting(args, tiny(), "test", chainer.get_device("@numpy"), "chainer")
-    kind = training.Run if experiment in EXPERIMENTS[:3] else PartialTraining
+    kind = training.whole_network if experiment in EXPERIMENTS[:3] else PartialTraining
     return kind(experiment, 1, 0, setting)
 
 
 def train(experiment, out):
     run = make_run(experiment, out)
-    with run.request:
+    with run.setting.request:
         run.train()
 
 
