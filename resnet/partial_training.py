@@ -21,11 +21,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 
 import chainer
 from chainer import training as chainer_training
 
-from resnet import extensions, files, schedule, training, weights
+from resnet import extensions, files, run_folder, schedule, training, weights
 from resnet.command import USAGE, InputError
 from resnet.network import BLOCKS, GROUPS, Network, layers, resnet
 from resnet.training import Run, Setting
@@ -129,11 +130,11 @@ class PartialTraining:
 
     def train(self) -> None:
         """Train every stage that is not complete, and put the last one's blocks beside the log."""
-        with training.only_writers(self.folder, self.setting.processes):
+        with run_folder.only_writers(self.folder, self.setting.processes):
             self._train()
 
     def _train(self) -> None:
-        training.read_starts(self.folder, self.identity)
+        run_folder.read_starts(self.folder, self.identity)
         processes = self.setting.processes
         complete = processes.agree(self.is_complete())
         if processes.rank == 0:
@@ -160,14 +161,14 @@ class PartialTraining:
 
     def is_complete(self) -> bool:
         """Whether the folder holds the blocks of the last stage, intact."""
-        found = training.saved_blocks(self.folder)
+        found = run_folder.saved_blocks(self.folder)
         return found is not None and found.groups == GROUPS
 
     def repair_log(self) -> None:
         """Join the logs of the stages again where the whole one cannot be read."""
         path, iterations = self.folder / "log", self.schedule.iterations
         try:
-            extensions.check_log(files.read_json(path), self.setting.evaluation, iterations)
+            run_folder.check_log(files.read_json(path), self.setting.evaluation, iterations)
         except (ValueError, FileNotFoundError):
             self.join()
 
@@ -178,7 +179,7 @@ class PartialTraining:
         for number, stage in enumerate(self.stages, 1):
             try:
                 log = files.read_json(stage.folder / "log")
-                extensions.check_log(log, self.setting.evaluation)
+                run_folder.check_log(log, self.setting.evaluation)
             except (FileNotFoundError, ValueError):
                 break
             for entry in log:
@@ -193,23 +194,21 @@ class PartialTraining:
                         "elapsed_time": seconds + entry["elapsed_time"],
                     }
                 )
-            starts += training.read_starts(stage.folder, stage.identity)
+            starts += run_folder.read_starts(stage.folder, stage.identity)
             iterations += stage.schedule.iterations
             seconds = entries[-1]["elapsed_time"]
         if not entries:
             raise InputError(f"{self.stages[0].folder / 'log'}: missing or damaged")
-        extensions.write_log(self.folder / "log", entries)
-        training.write_record(self.folder, self.identity, starts)
+        run_folder.write_log(self.folder / "log", entries)
+        run_folder.write_record(self.folder, self.identity, starts)
 
 
 def in_a_row(plans: Sequence[schedule.Schedule]) -> schedule.Schedule:
     """All stages as one; the rate also jumps up where a stage begins, see the log."""
-    drops, before = [], 0
-    for plan in plans:
-        drops += [before + drop for drop in plan.drops]
-        before += plan.iterations
+    *begins, end = accumulate((plan.iterations for plan in plans), initial=0)
+    drops = (begin + drop for begin, plan in zip(begins, plans, strict=True) for drop in plan.drops)
     name = plans[0].name.replace("stage 1", "partial")  # maybe shortened
-    return schedule.Schedule(name, before, tuple(drops))
+    return schedule.Schedule(name, end, tuple(drops))
 
 
 def options(args) -> dict:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,20 +26,21 @@ from resnet import (
     functions,
     parallel,
     record,
+    run_folder,
     schedule,
     weights,
 )
 from resnet.batches import Batches, Images
-from resnet.command import USAGE, InputError, clock, reason, unheard
+from resnet.command import STOPPED, USAGE, InputError, clock, reason, unheard
 from resnet.network import ARCHITECTURES, DEPTHS, Network, layers
 from resnet.parallel import ALONE, Processes
+from resnet.stopping import StopRequest, UntilDone
 from resnet.updater import Updater
 
 MOMENTUM = 0.9  # He et al. 2015, 4.2
 WEIGHT_DECAY = 1e-4  # He et al. 2015, 4.2
 HELD_OUT = 5000  # images of the 45k/5k split, He et al. 2015, 4.2
 WARM_UP_FROM = 18  # modules per block: He et al. 2015, 4.2, on the net of 110 layers
-UNFINISHED = 75  # exit status of a run that was asked to stop; the same command goes on
 
 STARTED = time.monotonic()  # of this process, nearly
 
@@ -66,7 +66,7 @@ class Setting:
     evaluation: str
     device: chainer.backend.Device
     backend: str
-    request: extensions.StopRequest = field(default_factory=extensions.StopRequest)
+    request: StopRequest = field(default_factory=StopRequest)
     processes: Processes = ALONE
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class Setting:
 
 def prepare(args: argparse.Namespace) -> Setting:
     """Choose device and backend and load the images, as the flags say."""
-    request = extensions.StopRequest(STARTED + args.time_limit)
+    request = StopRequest(STARTED + args.time_limit)
     flags.check(args)
     processes = parallel.join(args.communicator)
     if args.batchsize % processes.size:
@@ -240,12 +240,12 @@ class Run:
 
     def train(self) -> None:
         """Train to the end, from the newest snapshot if there is one, and save the blocks."""
-        with only_writers(self.folder, self.setting.processes):
+        with run_folder.only_writers(self.folder, self.setting.processes):
             self._train()
 
     def _train(self) -> None:
         processes = self.setting.processes
-        starts = read_starts(self.folder, self.identity)
+        starts = run_folder.read_starts(self.folder, self.identity)
         if processes.agree(self.is_complete()):
             print(f"{self.folder}: already complete")
             if processes.rank == 0:
@@ -255,7 +255,10 @@ class Run:
             return
         self.setting.device.use()
         trainer, snapshots = self.make_trainer()
-        resumed = self._resume(trainer, snapshots)
+        if resumed := self.setting.args.resume:
+            snapshots.resume(resumed, trainer)
+        else:
+            resumed = snapshots.resume_newest(trainer)
         start = self._start(trainer.updater.iteration)
         self._print_header(trainer.updater, resumed, start["git"])
         if resumed and (before := starts[-1:]) and before[0].get("device") != start["device"]:
@@ -267,7 +270,7 @@ class Run:
         starts.append(start)
         self.setting.request.unsaved = snapshots.age
         if processes.rank == 0:
-            write_record(self.folder, self.identity, starts)
+            run_folder.write_record(self.folder, self.identity, starts)
         # A net that diverges is a result of the report: NaN is logged, not warned of.
         with np.errstate(over="ignore", invalid="ignore"):
             trainer.run(show_loop_exception_msg=False)
@@ -281,32 +284,31 @@ class Run:
                 print(f"stopped by {reason} after iteration {iteration}{wrote}")
                 print(f"to go on: {launcher}{record.command_here()}", flush=True)
             processes.wait()  # a launcher may end all when one has ended
-            sys.exit(UNFINISHED)
+            sys.exit(STOPPED)
         if processes.rank == 0:
             self._save_blocks(trainer.updater)
         processes.wait()
         report(self.folder, self.setting)
 
-    def make_trainer(self) -> tuple[training.Trainer, extensions.Snapshots]:
+    def make_trainer(self) -> tuple[training.Trainer, run_folder.Snapshots]:
         """The trainer at its beginning, and its extension that keeps the snapshots."""
-        data, args, iterations = self.setting.dataset, self.setting.args, self.schedule.iterations
-        device = self.setting.device
+        setting, iterations = self.setting, self.schedule.iterations
+        data, mean, processes = setting.dataset, setting.mean, setting.processes
         network = self.build()
-        network.to_device(device)
+        network.to_device(setting.device)
         optimizer = functions.momentum_sgd(network, MOMENTUM, WEIGHT_DECAY)
-        size, mean = self.setting.size, self.setting.mean
-        images = Images(data.train_x[:size], data.train_y[:size], mean, device)
-        held_out = Images(data.test_x, data.test_y, mean, device)
-        batches = Batches(images, args.batchsize, self.stream, args.augmentation)
-        processes = self.setting.processes
+        trained_on = data.train_x[: setting.size], data.train_y[: setting.size]
+        images = Images(*trained_on, mean, setting.device)
+        held_out = Images(data.test_x, data.test_y, mean, setting.device)
+        batches = Batches(images, setting.args.batchsize, self.stream, setting.args.augmentation)
         updater = Updater(optimizer, batches, self.schedule, self.identity["warm-up"], processes)
-        until_done = extensions.UntilDone(iterations, self.setting.request)
+        until_done = UntilDone(iterations, setting.request)
         trainer = training.Trainer(updater, until_done, out=str(self.folder))
         epoch_end = extensions.EpochEnd(iterations)
         # Loss and accuracy of the epoch's batches, as they were when each was trained on.
         trainer.extend(extensions.TrainingStatistics(), trigger=epoch_end)
         # Accuracy on every image of the test set.
-        evaluator = extensions.Evaluator(network, held_out, self.setting.evaluation, processes)
+        evaluator = extensions.Evaluator(network, held_out, setting.evaluation, processes)
         trainer.extend(evaluator, trigger=epoch_end)
         # What this kind of training measures besides.
         self.extend(trainer)
@@ -315,18 +317,18 @@ class Run:
             log_report = extensions.Log(self.folder / "log", epoch_end)
             trainer.extend(log_report, name="LogReport")  # as in snapshots
             # What a person watches.
-            trainer.extend(extensions.Progress(log_report, self.setting.evaluation, iterations))
+            trainer.extend(extensions.Progress(log_report, setting.evaluation, iterations))
         # All that a killed run needs to go on.
         snapshots = self._snapshots()
         trainer.extend(snapshots, name="snapshots")
         return trainer, snapshots
 
-    def _snapshots(self) -> extensions.Snapshots:
-        return extensions.Snapshots(self.folder, self.identity, self.setting.args.snapshot_interval)
+    def _snapshots(self) -> run_folder.Snapshots:
+        return run_folder.Snapshots(self.folder, self.identity, self.setting.args.snapshot_interval)
 
     def is_complete(self) -> bool:
         """Whether the run folder holds the blocks of the last iteration, intact."""
-        found = saved_blocks(self.folder)
+        found = run_folder.saved_blocks(self.folder)
         return found is not None and found.iteration >= self.schedule.iterations
 
     def repair_log(self) -> None:
@@ -337,7 +339,7 @@ class Run:
         """
         path, iterations = self.folder / "log", self.schedule.iterations
         try:
-            extensions.check_log(files.read_json(path), self.setting.evaluation, iterations)
+            run_folder.check_log(files.read_json(path), self.setting.evaluation, iterations)
         except (ValueError, FileNotFoundError) as error:
             why = f"{path}: damaged ({reason(error)})"
             found = self._snapshots().read_log(self.setting.evaluation, iterations)
@@ -347,33 +349,27 @@ class Run:
                     "and the same command trains again"
                 ) from None
             entries, snapshot = found
-            extensions.write_log(path, entries)
+            run_folder.write_log(path, entries)
             print(f"warning: {why}; written again from {snapshot}", file=sys.stderr)
 
-    def _resume(self, trainer, snapshots) -> Path | None:
-        if self.setting.args.resume is None:
-            return snapshots.resume_newest(trainer)
-        snapshots.resume(self.setting.args.resume, trainer)
-        return self.setting.args.resume
-
     def _print_header(self, updater: Updater, resumed: Path | None, git: dict | None) -> None:
-        plan, batchsize = self.schedule, self.setting.args.batchsize
+        setting, plan = self.setting, self.schedule
+        batchsize, processes = setting.args.batchsize, setting.processes
         drops = ", ".join(f"{drop:,}" for drop in plan.drops) or "none"
         warm_up = f", warm-up at {schedule.WARM_UP_RATE}" if self.identity["warm-up"] else ""
         parameters = updater.optimizer.target.count_params()
-        print(f"Device: {record.device_name(self.setting.device)}")
-        print(f"Backend: {self.setting.backend}")
+        print(f"Device: {record.device_name(setting.device)}")
+        print(f"Backend: {setting.backend}")
         print(f"# Network: {self.title}, {parameters:,} parameters")
         print(
-            f"# Data: {self.setting.dataset.name}, {self.setting.size:,} training and "
-            f"{len(self.setting.dataset.test_y):,} {self.setting.evaluation} images"
+            f"# Data: {setting.dataset.name}, {setting.size:,} training and "
+            f"{len(setting.dataset.test_y):,} {setting.evaluation} images"
         )
-        print(f"# Augmentation: {augmentation.KINDS[self.setting.args.augmentation]}")
-        processes = self.setting.processes
+        print(f"# Augmentation: {augmentation.KINDS[setting.args.augmentation]}")
         shared = f", {batchsize // processes.size} in each of {processes.size} processes"
         print(f"# Minibatch-size: {batchsize}{shared if processes.size > 1 else ''}")
         print(
-            f"# epoch: {plan.iterations * batchsize / self.setting.size:.1f} ({plan.iterations:,} "
+            f"# epoch: {plan.iterations * batchsize / setting.size:.1f} ({plan.iterations:,} "
             f"iterations, {plan.name}: rate {schedule.INITIAL_RATE}, "
             f"a tenth from iterations {drops}{warm_up})"
         )
@@ -449,76 +445,11 @@ def print_summary(runs: Sequence[Run]) -> None:
     setting = runs[0].setting
     evaluation, data = setting.evaluation, setting.dataset.name
     print(f"{evaluation} accuracy on {data}, last epoch, by layers:")
-    folders: dict[int, list[Path]] = {}
-    for run in runs:
-        folders.setdefault(run.identity["n"], []).append(run.folder)
-    for n, those in folders.items():
-        results = [result(folder, evaluation) for folder in those]
+    for n in dict.fromkeys(run.identity["n"] for run in runs):
+        results = [result(run.folder, evaluation) for run in runs if run.identity["n"] == n]
         values = [100 * last[f"{evaluation}/main/accuracy"] for last, _, _ in results]
         deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
         diverged = sum(diverged for _, _, diverged in results)
         note = f", {diverged} of them diverged" if diverged else ""
         runs_note = f"{len(values)} run{'s' * (len(values) > 1)}{note}"
         print(f"{layers(n):5d}  {mean(values):6.2f}{deviation} %  ({runs_note})", flush=True)
-
-
-def read_starts(folder: Path, identity: dict) -> list[dict]:
-    """What args.json says of the processes that worked in ``folder`` before this one.
-
-    Raises:
-        InputError: It is damaged, or the folder is of another run.
-    """
-    path = folder / "args.json"
-    try:
-        content = files.read_json(path)
-        found, starts = dict(content["run"]), list(map(dict, content["starts"]))
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{path}: not the record of a run; remove it or choose another --out"
-        ) from None
-    extensions.refuse_other_run(str(folder), found, identity)
-    return starts
-
-
-def write_record(folder: Path, identity: dict, starts: list[dict]) -> None:
-    """Write args.json: what the run is, and which processes have worked on it."""
-    files.write_json(folder / "args.json", {"run": identity, "starts": starts})
-
-
-def saved_blocks(folder: Path) -> weights.Description | None:
-    """What the blocks.h5 of a run folder holds; None where it is missing, or damaged."""
-    path = folder / "blocks.h5"
-    try:
-        return weights.describe(path) if path.exists() else None
-    except InputError as error:
-        print(f"warning: {error}; it will be written again", file=sys.stderr)
-        return None
-
-
-@contextlib.contextmanager
-def only_writers(folder: Path, processes: Processes) -> Iterator[None]:
-    """Create ``folder`` and have the right to write into it, as ``files.only_writer`` says.
-
-    Raises:
-        InputError: Another process has it, or the folder cannot be written to.
-    """
-    if processes.rank > 0:
-        processes.wait()
-        yield
-        return
-    with contextlib.ExitStack() as held:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            # First the lock: who writes here already is what a second one has to be told.
-            held.enter_context(files.only_writer(folder))
-            with files.whole(folder / "writable") as temporary:  # before hours are spent
-                temporary.write_bytes(bytes(4096))
-            (folder / "writable").unlink()
-        except OSError as error:
-            raise InputError(
-                f"--out: cannot write to {folder} ({error.strerror}); legal: a writable folder"
-            ) from None
-        processes.wait()
-        yield

@@ -75,9 +75,6 @@ class Updater(training.Updater):
     def get_all_optimizers(self):
         return {"main": self.optimizer}
 
-    def connect_trainer(self, trainer) -> None:
-        pass
-
     def finalize(self) -> None:
         pass
 

@@ -13,10 +13,9 @@ import chainer
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, python
-from test_training import read_log
+from conftest import ROOT, python, read_log
 
-from resnet import cifar10, files, functions, network, schedule, synthetic, training
+from resnet import cifar10, command, files, functions, network, schedule, synthetic, training
 from resnet.batches import Batches, Images
 from resnet.command import InputError
 from resnet.parallel import ALONE, Processes
@@ -62,7 +61,7 @@ def stop_after_an_epoch(process):
             break
     process.send_signal(signal.SIGUSR1)
     out, error = process.communicate(timeout=60)
-    assert process.returncode == training.UNFINISHED, error
+    assert process.returncode == command.STOPPED, error
     return printed + out
 
 

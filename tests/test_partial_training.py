@@ -6,7 +6,7 @@ import chainer
 import numpy as np
 import pytest
 from chainer import functions as F
-from test_training import read_blocks
+from conftest import read_blocks
 
 from resnet import extensions, flags, partial_training, training, weights
 from resnet.blocks import AbsentBlock

@@ -41,7 +41,7 @@ from harness import (
 from PIL import Image
 
 from plots import logs
-from resnet import cifar10, evaluate, extensions, files, flags, synthetic, training, weights
+from resnet import cifar10, evaluate, files, flags, stopping, synthetic, training, weights
 from resnet.command import InputError
 from resnet.partial_training import PartialTraining
 
@@ -175,7 +175,7 @@ def number_of_changes(experiment, out):
     return int(said.removeprefix("error: "))
 
 
-SIGNALS = (signal.SIGKILL, *extensions.StopRequest.SIGNALS)
+SIGNALS = (signal.SIGKILL, *stopping.StopRequest.SIGNALS)
 
 
 def went_on(area, experiment, out, expected, what):
