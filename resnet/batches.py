@@ -27,11 +27,11 @@ class Images:
         return len(self.y)
 
     def batch(self, where):
-        """Images of the indices ``where`` without their mean, float32 in 0..1, and the labels."""
+        """Pick images without their mean, float32 in 0..1, and labels, by the indices ``where``."""
         return self.x[where] * np.float32(1 / 255) - self.mean, self.y[where]
 
     def part(self, where: slice) -> Images:
-        """The images of ``where`` alone."""
+        """Keep the images of ``where`` alone."""
         part = copy.copy(self)
         part.x, part.y = self.x[where], self.y[where]
         return part
@@ -62,7 +62,7 @@ class Batches:
         self._passes = [-1, -1]  # whose orders these are
 
     def order(self, epoch: int):
-        """The random order of a pass: indices of all images, int64 (N,)."""
+        """Draw the random order of a pass: indices of all images, int64 (N,)."""
         if self._passes[epoch % 2] != epoch:
             keys = self.seed, random.SHUFFLE, epoch
             self.orders[epoch % 2] = random.permutation(self._xp, len(self.images), *keys)
@@ -70,19 +70,19 @@ class Batches:
         return self.orders[epoch % 2]
 
     def prepare(self, iteration: int) -> None:
-        """Have in ``orders`` what the batch of ``iteration`` needs."""
+        """Draw the orders that the batch of ``iteration`` needs, one or two, into ``orders``."""
         first, last = iteration * self.size, (iteration + 1) * self.size - 1
         for epoch in (first // len(self.images), last // len(self.images)):
             self.order(epoch)
 
     def indices(self, iteration: int):
-        """Which images are in the batch of ``iteration``: int64 (B,)."""
+        """Find which images are in the batch of ``iteration``: int64 (B,)."""
         self.prepare(iteration)
         places = iteration * self.size + self._xp.arange(self.size)
         return self.orders[places // len(self.images) % 2, places % len(self.images)]
 
     def batch(self, iteration: int, share: slice = slice(None)):
-        """The batch of ``iteration``, augmented: x, float32 (B, 3, 32, 32), and t, int32 (B,).
+        """Make the batch of ``iteration``, augmented: float32 (B, 3, 32, 32) and int32 (B,).
 
         Args:
             iteration: Counted from 0.

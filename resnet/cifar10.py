@@ -119,7 +119,7 @@ def _expand(name: str) -> Path:
 
 
 def mean_image(train_x: np.ndarray) -> np.ndarray:
-    """Per-pixel mean of training images (report, section II).
+    """Compute the per-pixel mean of training images (report, section II).
 
     Args:
         train_x: uint8 (N, 3, 32, 32).
@@ -155,7 +155,7 @@ def hold_out(dataset: Dataset, count: int = 5000) -> Dataset:
 
 
 def digest(train_x, train_y, test_x, test_y) -> str:
-    """sha256 of the pixels and labels, in their order."""
+    """Compute the sha256 of the pixels and labels, in their order."""
     sha256 = hashlib.sha256()
     for array in (train_x, train_y.astype(np.uint8), test_x, test_y.astype(np.uint8)):
         sha256.update(np.ascontiguousarray(array).data)

@@ -24,7 +24,7 @@ EVALUATION_BATCH = 500  # images at once; memory only, the result does not depen
 
 
 def predict(network, images: Images):
-    """Logits of all images at test time, (N, classes), on the device of the images."""
+    """Compute the logits of all images at test time, (N, classes), on the device of the images."""
     xp = chainer.backend.get_array_module(images.x)
     logits = []
     with chainer.using_config("train", False), chainer.no_backprop_mode():
@@ -35,7 +35,7 @@ def predict(network, images: Images):
 
 
 class Evaluator(training.Extension):
-    """Accuracy and loss over all images of a set: correct and total are counted.
+    """Reports accuracy and loss over all images of a set: correct and total are counted.
 
     Chainer's own evaluator averages the means of batches, which is wrong when the last one is
     smaller. Single view, as in He et al. 2015, 4.2.
@@ -110,7 +110,7 @@ class Distance(training.Extension):
 
 
 class Log(LogReport):
-    """Chainer's ``LogReport``, whose file is whole, and on the disk, from one epoch to the next.
+    """Writes the log as Chainer's ``LogReport``, but whole, and on the disk, at each epoch.
 
     Args:
         path: The file.
@@ -140,7 +140,7 @@ class EpochEnd:
 
 
 class Progress(training.Extension):
-    """One printed line per epoch; on a terminal also a bar with the time left.
+    """Prints one line per epoch; on a terminal also a bar with the time left.
 
     Both fit the terminal's width, as it is when they are printed: columns are left out, then the
     bar gets shorter.

@@ -70,7 +70,7 @@ class PartialTraining:
     # A stage.
 
     def make_stage(self, number: int, plan: schedule.Schedule) -> Run:
-        """The run that trains a ResNet with the first ``number`` blocks of the order."""
+        """Make the run that trains a ResNet with the first ``number`` blocks of the order."""
         n, seed, setting = self.n, self.seed, self.setting
         identity = training.identify(setting, "resnet", n, seed, plan, self.chosen)
         return Run(
@@ -86,11 +86,11 @@ class PartialTraining:
         )
 
     def present(self, number: int) -> tuple[str, ...]:
-        """The blocks of stage ``number``, the new one last."""
+        """List the blocks of stage ``number``, the new one last."""
         return ORDERS[self.order][:number]
 
     def build(self, number: int) -> Network:
-        """The network of stage ``number``, its earlier blocks as the stage before left them.
+        """Make the network of stage ``number``, its earlier blocks as the stage before left them.
 
         Raises:
             InputError: The stage before is not complete.
@@ -160,7 +160,7 @@ class PartialTraining:
             training.report(self.folder, self.setting)
 
     def is_complete(self) -> bool:
-        """Whether the folder holds the blocks of the last stage, intact."""
+        """Tell whether the folder holds the blocks of the last stage, intact."""
         found = run_folder.saved_blocks(self.folder)
         return found is not None and found.groups == GROUPS
 
@@ -204,7 +204,7 @@ class PartialTraining:
 
 
 def in_a_row(plans: Sequence[schedule.Schedule]) -> schedule.Schedule:
-    """All stages as one; the rate also jumps up where a stage begins, see the log."""
+    """Join the schedules of stages; that the rate jumps up between them is not in it."""
     *begins, end = accumulate((plan.iterations for plan in plans), initial=0)
     drops = (begin + drop for begin, plan in zip(begins, plans, strict=True) for drop in plan.drops)
     name = plans[0].name.replace("stage 1", "partial")  # maybe shortened
@@ -212,14 +212,14 @@ def in_a_row(plans: Sequence[schedule.Schedule]) -> schedule.Schedule:
 
 
 def options(args) -> dict:
-    """The choices beyond the report that were made, by name."""
+    """List by name the choices that are not the report's."""
     chosen = {"scale": args.scale, "freeze": args.freeze, "new ends": args.new_ends}
     default = {"scale": 1.0, "freeze": False, "new ends": False}
     return {name: value for name, value in chosen.items() if value != default[name]}
 
 
 def stage_schedule(number: int, args, size: int) -> schedule.Schedule:
-    """The schedule of stage ``number``: the report's, or all shortened by a flag."""
+    """Make the schedule of stage ``number``: the report's, or all shortened by a flag."""
     length, drops = STAGES[number - 1]
     factor = (args.epoch or LAST_EPOCHS) / LAST_EPOCHS
     drops = [factor * drop for drop in drops]

@@ -49,7 +49,7 @@ def only_writers(folder: Path, processes: Processes) -> Iterator[None]:
 
 
 def read_starts(folder: Path, identity: dict) -> list[dict]:
-    """What args.json says of the processes that worked in ``folder`` before this one.
+    """Read what args.json says of the processes that worked in ``folder`` before this one.
 
     Raises:
         InputError: It is damaged, or the folder is of another run.
@@ -74,7 +74,7 @@ def write_record(folder: Path, identity: dict, starts: list[dict]) -> None:
 
 
 def saved_blocks(folder: Path) -> weights.Description | None:
-    """What the blocks.h5 of a run folder holds; None where it is missing, or damaged."""
+    """Read what the blocks.h5 of a run folder holds; None where it is missing, or damaged."""
     path = folder / "blocks.h5"
     try:
         return weights.describe(path) if path.exists() else None
@@ -122,7 +122,7 @@ def check_log(entries: object, evaluation: str, iterations: int | None = None) -
 
 
 class Snapshots(training.Extension):
-    """The whole state of a training run, in files ``snapshot_iter_N.npz``.
+    """Keeps the whole state of a training run in files ``snapshot_iter_N.npz``.
 
     Behind each stands a digest, by which bits that rot are noticed. A file without one, of an
     older version, is read if all else about it is right.
@@ -144,7 +144,7 @@ class Snapshots(training.Extension):
         self._last = time.monotonic()
 
     def age(self) -> float:
-        """Seconds since the newest snapshot, or since training began."""
+        """Tell the seconds since the newest snapshot, or since training began."""
         return time.monotonic() - self._last
 
     def __call__(self, trainer) -> None:
@@ -177,8 +177,7 @@ class Snapshots(training.Extension):
         return path
 
     def files(self) -> list[Path]:
-        """The snapshots in the folder, newest first."""
-
+        """List the snapshots in the folder, newest first."""
         found = self.folder.glob("snapshot_iter_*.npz")
         return sorted(found, key=_iteration, reverse=True)
 
@@ -214,7 +213,7 @@ class Snapshots(training.Extension):
         NpzDeserializer(state).load(trainer)
 
     def read_log(self, evaluation: str, iterations: int) -> tuple[list[dict], Path] | None:
-        """A log that ends at ``iterations``, and the snapshot it was in; None if none has it."""
+        """Find a log that ends at ``iterations``, and the snapshot it is in; None without one."""
         for path in self.files():
             with contextlib.suppress(ValueError), files.parsing():
                 content = self._parse(path)

@@ -126,7 +126,7 @@ def prepare(args: argparse.Namespace) -> Setting:
 
 
 def main(architecture: str, description: str) -> None:
-    """Be the command that trains ``architecture``: the depths and seeds that the flags name."""
+    """Run the command that trains ``architecture``, at the depths and seeds that the flags name."""
     args = flags.add_schedule(flags.parser(description)).parse_args()
     run(partial(whole_network, architecture), args, tuple(DEPTHS))
 
@@ -151,7 +151,7 @@ def run(make: Callable[[int, int, Setting], Run], args, depths: Sequence[int]) -
 
 
 def whole_network(architecture: str, n: int, seed: int, setting: Setting) -> Run:
-    """The run that trains all of a network, from its first weights to the end of the schedule.
+    """Make the run that trains a whole network, from its first weights to the end.
 
     Args:
         architecture: A name in ``network.ARCHITECTURES``.
@@ -172,7 +172,7 @@ def whole_network(architecture: str, n: int, seed: int, setting: Setting) -> Run
 
 
 def choose_schedule(setting: Setting) -> schedule.Schedule:
-    """The schedule of ``--schedule``, maybe shortened, or of ``--epoch`` and ``--drops``."""
+    """Make the schedule of ``--schedule``, maybe shortened, or of ``--epoch`` and ``--drops``."""
     args = setting.args
     if args.epoch is not None:
         drops = args.drops if args.drops is not None else (args.epoch / 2, args.epoch * 3 / 4)
@@ -183,7 +183,7 @@ def choose_schedule(setting: Setting) -> schedule.Schedule:
 
 
 def choices(args: argparse.Namespace) -> dict:
-    """The choices beyond the report's that were made, by name; part of the identity."""
+    """List by name the choices that are not the report's; they are part of the identity."""
     kind = args.augmentation
     return {} if kind == "report" else {"augmentation": kind}
 
@@ -191,7 +191,7 @@ def choices(args: argparse.Namespace) -> dict:
 def identify(
     setting: Setting, architecture: str, n: int, seed: int, plan: schedule.Schedule, chosen: dict
 ) -> dict:
-    """What makes a run what it is: two runs that agree in it have equal logs."""
+    """Say what makes a run what it is: two runs that agree in it have equal logs."""
     warm_up = setting.args.warmup
     return {
         "architecture": architecture,
@@ -208,7 +208,7 @@ def identify(
 
 
 def name_folder(setting: Setting, what: str, n: int, seed: int, chosen: dict) -> Path:
-    """The run folder of ``what``; see ``files.run_name``."""
+    """Name the run folder of ``what``; see ``files.run_name``."""
     args = setting.args
     shorten = {"shorten": args.shorten} if args.shorten > 1 else {}
     return args.out / files.run_name(f"{what}-{layers(n)}", seed, shorten | chosen)
@@ -291,7 +291,7 @@ class Run:
         report(self.folder, self.setting)
 
     def make_trainer(self) -> tuple[training.Trainer, run_folder.Snapshots]:
-        """The trainer at its beginning, and its extension that keeps the snapshots."""
+        """Make the trainer at its beginning, and its extension that keeps the snapshots."""
         setting, iterations = self.setting, self.schedule.iterations
         data, mean, processes = setting.dataset, setting.mean, setting.processes
         network = self.build()
@@ -327,7 +327,7 @@ class Run:
         return run_folder.Snapshots(self.folder, self.identity, self.setting.args.snapshot_interval)
 
     def is_complete(self) -> bool:
-        """Whether the run folder holds the blocks of the last iteration, intact."""
+        """Tell whether the run folder holds the blocks of the last iteration, intact."""
         found = run_folder.saved_blocks(self.folder)
         return found is not None and found.iteration >= self.schedule.iterations
 
@@ -413,7 +413,7 @@ class Run:
 
 
 def result(folder: Path, evaluation: str) -> tuple[dict, dict, bool]:
-    """Of a log: last entry, entry of the best evaluation, and whether the loss diverged.
+    """Find of a log: last entry, entry of the best evaluation, and whether the loss diverged.
 
     Of partial training only the last stage counts: before it blocks are missing.
     """

@@ -81,11 +81,11 @@ class Updater(training.Updater):
     # The step.
 
     def rate(self) -> float:
-        """Learning rate of the coming update."""
+        """Compute the learning rate of the coming update."""
         return WARM_UP_RATE if self.warm_up.active else self.schedule.rate(self.iteration)
 
     def batch(self):
-        """The coming batch, as ``Batches.batch``; of several processes each has its share."""
+        """Make the coming batch, as ``Batches.batch``; of several processes each has a share."""
         return self.batches.batch(self.iteration, self.processes.share(self.batches.size))
 
     def update(self) -> None:
@@ -115,7 +115,7 @@ class Updater(training.Updater):
             self.warm_up.observe(self.iteration, 1 - correct / self.batches.size)
 
     def statistics(self) -> dict[str, float]:
-        """Mean loss and accuracy (0..1) of the batches since the last call, and the last rate.
+        """Compute mean loss and accuracy (0..1) since the last call, and tell the last rate.
 
         With float16 gradients the number of steps, too, that were skipped because one was infinite.
         """
