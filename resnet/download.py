@@ -113,12 +113,13 @@ def _append(file: BinaryIO, url: str, size: int) -> None:
             start = start if partial else 0
             length = response.headers.get("Content-Length")
             file.truncate(start)
-            _copy(response, file, start, start + int(length) if length else size, size, deadline)
+            total = start + int(length) if length else size
+            _copy(response, file, have=start, total=total, limit=size, deadline=deadline)
             return
 
 
 def _copy(
-    response: BinaryIO, file: BinaryIO, have: int, total: int, limit: int, deadline: float
+    response: BinaryIO, file: BinaryIO, *, have: int, total: int, limit: int, deadline: float
 ) -> None:
     """Append ``response`` to the ``have`` bytes of ``file``, at most to just above ``limit``."""
     terminal = sys.stderr.isatty()
