@@ -27,9 +27,9 @@ from resnet import (
     pretrained,
     weights,
 )
+from resnet.batches import Images
 from resnet.command import InputError, Parser
 from resnet.network import ARCHITECTURES, depth
-from resnet.updater import Images
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 

@@ -41,7 +41,7 @@ from harness import (
 from PIL import Image
 
 from plots import logs
-from resnet import cifar10, evaluate, extensions, files, flags, synthetic, training, weights
+from resnet import cifar10, evaluate, files, flags, stopping, synthetic, training, weights
 from resnet.command import InputError
 from resnet.partial_training import PartialTraining
 
@@ -104,13 +104,13 @@ def make_run(experiment, out):
     args = parser.parse_args([*words, "--warmup", "off"])
     args.stage, args.scale, args.freeze, args.new_ends = None, 1.0, False, False
     setting = training.Setting(args, tiny(), "test", chainer.get_device("@numpy"), "chainer")
-    kind = training.Run if experiment in EXPERIMENTS[:3] else PartialTraining
+    kind = training.whole_network if experiment in EXPERIMENTS[:3] else PartialTraining
     return kind(experiment, 1, 0, setting)
 
 
 def train(experiment, out):
     run = make_run(experiment, out)
-    with run.request:
+    with run.setting.request:
         run.train()
 
 
@@ -175,7 +175,7 @@ def number_of_changes(experiment, out):
     return int(said.removeprefix("error: "))
 
 
-SIGNALS = (signal.SIGKILL, *extensions.StopRequest.SIGNALS)
+SIGNALS = (signal.SIGKILL, *stopping.StopRequest.SIGNALS)
 
 
 def went_on(area, experiment, out, expected, what):
