@@ -81,8 +81,8 @@ def assembly(register, build):
     name, features = PROCESSORS[register]
     module = ir.Module()
     build(module, winograd.lanes(features))
-    code, machine = winograd.optimized(module, name, features)
-    return machine.emit_assembly(code)
+    machine = winograd.target(name, features)
+    return machine.emit_assembly(winograd.optimized(module, machine))
 
 
 @pytest.mark.parametrize("register", PROCESSORS)
