@@ -17,15 +17,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, codegen, config
 
+from resnet import files
 from resnet.functions import kernels
 
 TILE = 4  # outputs of a tile, in each direction
@@ -380,15 +384,31 @@ def optimized(module: ir.Module, machine: llvm.TargetMachine) -> llvm.ModuleRef:
     return code
 
 
+def object_code(channels: int, side: int, folder: Path) -> bytes:
+    """``build`` for this processor, as it is kept in ``folder``, or else is compiled now."""
+    made_of = Path(__file__).read_bytes(), numba.__version__, llvm.llvm_version_info, processor()
+    name = hashlib.sha256(repr((made_of, channels, side)).encode()).hexdigest()
+    kept = folder / f"winograd.{name[:32]}.o"
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged
+        code, is_whole = files.read_sealed(kept)
+        if is_whole:
+            return code
+    machine = target(*processor())
+    code = machine.emit_object(optimized(build(channels, side, lanes(processor()[1])), machine))
+    with contextlib.suppress(OSError), files.whole(kept) as path:
+        path.write_bytes(files.seal(code))
+    return code
+
+
 _engines: list[llvm.ExecutionEngine] = []  # that own the code
 
 
 @functools.cache
 def compiled(channels: int, side: int) -> Functions:
-    """``build`` for this processor."""
-    machine = target(*processor())
-    code = optimized(build(channels, side, lanes(processor()[1])), machine)
-    engine = llvm.create_mcjit_compiler(code, machine)
+    """The code, loaded; it is kept where Numba keeps the kernels."""
+    code = object_code(channels, side, Path(kernels.convolve.stats.cache_path))
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target(*processor()))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
     return Functions(*map(engine.get_function_address, Functions._fields))
