@@ -26,7 +26,7 @@ from chainer import training as chainer_training
 
 from resnet import extensions, files, schedule, training, weights
 from resnet.command import USAGE, InputError
-from resnet.network import BLOCKS, GROUPS, Network, layers, resnet
+from resnet.network import BLOCKS, GROUPS, Network, depth, resnet
 from resnet.training import Run, Setting
 
 ORDERS = {"top-down": BLOCKS, "bottom-up": BLOCKS[::-1]}
@@ -172,7 +172,7 @@ class Stage(Run):
     @property
     def title(self) -> str:
         return (
-            f"ResNet-{layers(self.n)} (n = {self.n}), {self.whole.order}, stage {self.number} of "
+            f"ResNet-{depth(self.n)} (n = {self.n}), {self.whole.order}, stage {self.number} of "
             f"{len(STAGES)} with {', '.join(self.present)}"
         )
 

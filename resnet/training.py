@@ -31,7 +31,7 @@ from resnet import (
     weights,
 )
 from resnet.command import USAGE, InputError, clock, reason, unheard
-from resnet.network import ARCHITECTURES, DEPTHS, Network, layers
+from resnet.network import ARCHITECTURES, DEPTHS, Network, depth
 from resnet.parallel import ALONE, Processes
 from resnet.updater import Images, Updater
 
@@ -42,8 +42,6 @@ WARM_UP_FROM = 18  # modules per block: He et al. 2015, 4.2, on the net of 110 l
 UNFINISHED = 75  # exit status of a run that was asked to stop; the same command goes on
 
 STARTED = time.monotonic()  # of this process, nearly
-
-NAMES = {"plain": "plain network", "resnet": "ResNet", "resresnet": "ResResNet"}
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ class Run:
     def folder_name(self, what: str) -> str:
         """Name of the run folder of ``what``; see ``files.run_name``."""
         shorten = {"shorten": self.args.shorten} if self.args.shorten > 1 else {}
-        return files.run_name(f"{what}-{layers(self.n)}", self.seed, shorten | self.choices)
+        return files.run_name(f"{what}-{depth(self.n)}", self.seed, shorten | self.choices)
 
     # What a kind of training of its own changes.
 
@@ -193,7 +191,7 @@ class Run:
     @property
     def title(self) -> str:
         """What is trained, for the header."""
-        return f"{NAMES[self.architecture]}, {layers(self.n)} layers (n = {self.n})"
+        return f"{ARCHITECTURES[self.architecture].title}, {depth(self.n)} layers (n = {self.n})"
 
     @property
     def identity(self) -> dict:
@@ -401,7 +399,10 @@ class Run:
         print(flush=True)
 
     def _start(self, iteration: int) -> dict:
+        kind = ARCHITECTURES[self.architecture]
         return {
+            "label": kind.label,
+            "beside": kind.beside,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "iteration": iteration,
             "command": record.command(),
@@ -441,7 +442,7 @@ def print_summary(runs: Sequence[Run]) -> None:
         diverged = sum(diverged for _, _, diverged in results)
         note = f", {diverged} of them diverged" if diverged else ""
         runs_note = f"{len(values)} run{'s' * (len(values) > 1)}{note}"
-        print(f"{layers(n):5d}  {mean(values):6.2f}{deviation} %  ({runs_note})", flush=True)
+        print(f"{depth(n):5d}  {mean(values):6.2f}{deviation} %  ({runs_note})", flush=True)
 
 
 def read_starts(folder: Path, identity: dict) -> list[dict]:
