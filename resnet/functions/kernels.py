@@ -678,3 +678,28 @@ def momentum_step(p, g, v, rate, momentum, weight_decay):
     for i in numba.prange(len(p)):
         v[i] = momentum * v[i] - rate * (g[i] + weight_decay * p[i])
         p[i] += v[i]
+
+
+@_compile
+def gated(h, x, z, y):
+    """y = h T + x (1 - T) with T = sigmoid(z)."""
+    images, rows, channels = y.shape
+    for k in numba.prange(images):
+        for i in range(rows):
+            for c in range(channels):
+                t = np.float32(1) / (np.float32(1) + np.exp(-z[k, i, c]))
+                y[k, i, c] = x[k, i, c] + t * (h[k, i, c] - x[k, i, c])
+
+
+@_compile
+def gated_gradients(h, x, z, gy, gh, gx, gz):
+    """The gradients of h, x and z in ``gated``."""
+    images, rows, channels = gy.shape
+    for k in numba.prange(images):
+        for i in range(rows):
+            for c in range(channels):
+                t = np.float32(1) / (np.float32(1) + np.exp(-z[k, i, c]))
+                g = gy[k, i, c]
+                gh[k, i, c] = g * t
+                gx[k, i, c] = g * (np.float32(1) - t)
+                gz[k, i, c] = g * (h[k, i, c] - x[k, i, c]) * t * (np.float32(1) - t)
