@@ -82,7 +82,7 @@ def test_a_thousand_seeds_are_planned_in_a_second(dataset, tmp_path):
     for seed in range(100):
         make_run(dataset, tmp_path, "--seed", str(seed))
     assert time.monotonic() - begin < 5
-    assert "mean" not in vars(make_run(dataset, tmp_path))  # waits until it is trained
+    assert "mean" not in vars(make_run(dataset, tmp_path).setting)  # waits until it is trained
 
 
 def test_the_command_to_go_on_names_the_interpreter_that_runs():
