@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from resnet import command, flags, functions, record
-from resnet.functions import cudnn
+from resnet.backends.gpu import cudnn
 
 # isort: split
 import chainer  # after resnet, which lets it run on this NumPy

@@ -50,8 +50,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from resnet import command, files, flags, functions, record, training
-from resnet.functions import primitives
-from resnet.functions.capture import EAGER, Captured
+from resnet.backends.cpu import onednn, primitives
+from resnet.backends.gpu.capture import EAGER, Captured
 from resnet.network import CHANNELS, depth, resnet
 
 CPU_BACKENDS = tuple(name for name in functions.BACKENDS if name not in ("auto", "cuda"))
@@ -400,7 +400,7 @@ def conditions(device) -> dict:
     return {
         "processor": ", ".join((record.processor(), *machine)),
         "device": record.device_name(device),
-        "threads": functions.onednn.threads(),
+        "threads": onednn.threads(),
         "backend": functions.use("auto", device.xp is not np),
         "versions": {**record.versions(), "torch": torch},
         "git": record.git_state(),

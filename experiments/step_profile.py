@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from resnet import command, flags, functions
+from resnet.backends.cpu import onednn
 from resnet.network import resnet
 
 BATCHSIZE = flags.BATCHSIZE
-PASSES = {  # function of resnet.functions.kernels -> what it is
+PASSES = {  # function of resnet.backends.cpu.kernels -> what it is
     "convolve_by_tiles": "Winograd's convolutions, forward",
     "convolve_backward_by_tiles": "Winograd's convolutions, both gradients",
     "convolve": "direct convolutions, forward",
@@ -62,11 +63,11 @@ def main() -> None:
                    help="what computes (default: %(default)s)")  # fmt: skip
     args = p.parse_args()
     line = functions.use(args.backend)
-    if functions.onednn.threads() > 1:
+    if onednn.threads() > 1:
         raise command.InputError(
-            f"found {functions.onednn.threads()} threads, legal: OMP_NUM_THREADS=1", command.USAGE
+            f"found {onednn.threads()} threads, legal: OMP_NUM_THREADS=1", command.USAGE
         )
-    kernels = functions.onednn.kernels
+    kernels = onednn.kernels
     times = defaultdict(list)
     for name, what in PASSES.items():
         setattr(kernels, name, measured(getattr(kernels, name), times[what]))

@@ -7,10 +7,11 @@ import functools
 import torch
 from torch.nn import functional as F
 
-from resnet import functions, training
+from resnet import training
+from resnet.backends.cpu import onednn
+from resnet.backends.gpu.capture import EAGER
 from resnet.command import InputError
 from resnet.export import state, torch_name
-from resnet.functions.capture import EAGER
 from resnet.torch_module import Network
 
 SCALE = 1024  # of the loss in float16, as of our float16 gradients
@@ -55,7 +56,7 @@ def training_step(n, x, t, rate, variant="torch", precision="float32", gpu=None)
     there, dtype = torch.device("cpu" if gpu is None else f"cuda:{gpu}"), getattr(torch, precision)
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise InputError("PyTorch has no bfloat16 convolutions for this processor")
-    torch.set_num_threads(functions.onednn.threads())
+    torch.set_num_threads(onednn.threads())
     torch.backends.cudnn.benchmark = True
     layout = torch.contiguous_format if variant == "torch" else torch.channels_last
     network = TorchNetwork("resnet", n).to(there, memory_format=layout)

@@ -35,6 +35,7 @@ from resnet import (
     weights,
 )
 from resnet import network as networks
+from resnet.backends.cpu import onednn
 from resnet.batches import Images
 from resnet.command import USAGE, InputError, Parser
 from resnet.network import BLOCKS, CHANNELS, Network
@@ -359,7 +360,7 @@ def main() -> None:
         images["test images"] = real
 
     # Winograd's convolutions, which are faster, round more.
-    exact = "onednn" if functions.onednn.available()[0] else "chainer"
+    exact = "onednn" if onednn.available()[0] else "chainer"
 
     def ours(x: np.ndarray) -> np.ndarray:
         functions.use(exact)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from resnet import functions
-from resnet.functions import cuda, cudnn
+from resnet.backends.gpu import cuda, cudnn
 
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from experiments.torch_network import TorchNetwork
 from resnet import cifar10, functions, network, schedule
+from resnet.backends.gpu import cuda
 from resnet.batches import Batches, Images
-from resnet.functions import cuda
 from resnet.updater import Updater
 
 ITERATIONS = 100

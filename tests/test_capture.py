@@ -9,8 +9,8 @@ from chainer.serializers import DictionarySerializer, NpzDeserializer
 from conftest import layer
 
 from resnet import cifar10, extensions, functions, network, schedule
+from resnet.backends.gpu import cuda
 from resnet.batches import Batches, Images
-from resnet.functions import cuda
 from resnet.parallel import ALONE, Processes
 from resnet.updater import Updater
 

@@ -16,10 +16,10 @@ from chainer import links as L
 from conftest import layer
 
 from resnet import flags, functions, network
+from resnet.backends.gpu import cuda, cudnn
+from resnet.backends.reference import REFERENCE
 from resnet.batches import Batches, Images
 from resnet.command import InputError
-from resnet.functions import cuda, cudnn
-from resnet.functions.reference import REFERENCE
 
 needs_compiler = pytest.mark.skipif(
     emulation.COMPILER is None, reason="g++ is missing: it compiles the CUDA kernels for the CPU"

@@ -13,7 +13,7 @@ from conftest import layer
 from torch.nn import functional as F
 
 from resnet import functions, network
-from resnet.functions import onednn, winograd
+from resnet.backends.cpu import onednn, winograd
 from resnet.torch_module import EPS, option_a
 
 TOLERANCE = 1e-5

@@ -6,8 +6,8 @@ import pytest
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
 from resnet import cifar10, extensions, functions, network, schedule
+from resnet.backends.gpu import cudnn
 from resnet.batches import Batches, Images
-from resnet.functions import cudnn
 from resnet.updater import Updater
 
 pytestmark = pytest.mark.gpu

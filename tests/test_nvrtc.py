@@ -12,7 +12,7 @@ from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 
 import pytest
 
-from resnet.functions import cuda
+from resnet.backends.gpu import cuda
 
 ARCHITECTURES = (70, 80, 90)  # V100, A100, H100 and H200
 LIBRARIES = [

@@ -10,7 +10,7 @@ from chainer import links as L
 from conftest import ROOT, layer, python
 
 from resnet import functions, network, synthetic
-from resnet.functions import onednn, primitives
+from resnet.backends.cpu import onednn, primitives
 
 pytestmark = pytest.mark.skipif(not onednn.available()[0], reason=onednn.available()[1])
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import python
 
 from resnet import record
-from resnet.functions import onednn
+from resnet.backends.cpu import onednn
 
 PINNED = Path(__file__).with_name("pinned.json")
 # At the rate of 0.01, or less: at 0.1 rounding is amplified from one iteration to the next.

@@ -13,7 +13,7 @@ from conftest import ROOT, python
 
 from experiments import plans
 from resnet import functions, network
-from resnet.functions import cudnn
+from resnet.backends.gpu import cudnn
 
 SAME = {
     "version": 1, "cudaDeviceId": 0, "driverVer": 13000, "maxGridSize": [2**31 - 1, 65535, 65535],

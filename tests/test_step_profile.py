@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import python
 
-from resnet.functions import onednn
+from resnet.backends.cpu import onednn
 
 pytestmark = pytest.mark.skipif(not onednn.available()[0], reason=onednn.available()[1])
 

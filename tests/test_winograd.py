@@ -9,7 +9,7 @@ from conftest import python
 from llvmlite import ir
 
 from resnet import functions
-from resnet.functions import kernels, onednn, winograd
+from resnet.backends.cpu import kernels, onednn, winograd
 
 pytestmark = pytest.mark.skipif(
     not onednn.available(by_tiles=True)[0], reason=onednn.available(by_tiles=True)[1]

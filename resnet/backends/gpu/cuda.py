@@ -18,12 +18,12 @@ import chainer
 import numpy as np
 from chainer import functions as F
 
-from resnet.functions import cudnn
-from resnet.functions.cudnn import Missing
-from resnet.functions.flat import FlatMomentumSGD
-from resnet.functions.fused import Fused, Layer, Unfinished
-from resnet.functions.node import Node, accumulated, normalized
-from resnet.functions.reference import REFERENCE, widened
+from resnet.backends.flat import FlatMomentumSGD
+from resnet.backends.fused import Fused, Layer, Unfinished
+from resnet.backends.gpu import cudnn
+from resnet.backends.gpu.cudnn import Missing
+from resnet.backends.node import Node, accumulated, normalized
+from resnet.backends.reference import REFERENCE, widened
 
 ARRAY = chainer.backends.cuda.ndarray  # CuPy's; a stand-in of Chainer's where there is none
 SOURCE = Path(__file__).with_name("kernels.cu")
@@ -168,14 +168,14 @@ class Cuda(Fused):
         return _FlatMomentumSGD(momentum, weight_decay, self.dtype).setup(network)
 
     def recorded_step(self, optimizer, batches, loss, correct):
-        from resnet.functions import capture
+        from resnet.backends.gpu import capture
 
         if not isinstance(optimizer, FlatMomentumSGD):
             return None
         return capture.Step(self, optimizer, batches, loss, correct)
 
     def recorded_evaluation(self, network, images, batchsize: int):
-        from resnet.functions import capture
+        from resnet.backends.gpu import capture
 
         if len(images) % batchsize or not _are_floats(*network.params()):
             return None

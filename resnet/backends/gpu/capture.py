@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable
 import chainer
 import numpy as np
 
-from resnet.functions import cuda
+from resnet.backends.gpu import cuda
 
 DEFAULT_STREAMS = (0, 1, 2)  # null, cudaStreamLegacy, cudaStreamPerThread
 EAGER = 3  # calls before the recording: they compile kernels, build plans and fill the pool

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 try:
-    from resnet.functions import kernels
+    from resnet.backends.cpu import kernels
 except ImportError:  # without Numba
     kernels = None
 

@@ -16,7 +16,7 @@ import chainer
 from chainer import functions as F
 from chainer import links as L
 
-from resnet.functions.reference import Reference, widened
+from resnet.backends.reference import Reference, widened
 
 SETTINGS = ("train", "enable_backprop")  # of chainer.config, those that a result depends on
 

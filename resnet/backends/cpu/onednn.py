@@ -17,15 +17,15 @@ import chainer
 import numpy as np
 from chainer import functions as F
 
-from resnet.functions import primitives
-from resnet.functions.flat import FlatMomentumSGD
-from resnet.functions.fused import Fused, Layer, Unfinished, chain
-from resnet.functions.node import Node, accumulated, normalized
-from resnet.functions.primitives import Missing
-from resnet.functions.reference import REFERENCE, widened
+from resnet.backends.cpu import primitives
+from resnet.backends.cpu.primitives import Missing
+from resnet.backends.flat import FlatMomentumSGD
+from resnet.backends.fused import Fused, Layer, Unfinished, chain
+from resnet.backends.node import Node, accumulated, normalized
+from resnet.backends.reference import REFERENCE, widened
 
 try:
-    from resnet.functions import kernels, winograd
+    from resnet.backends.cpu import kernels, winograd
 except ImportError:  # without Numba; available() says so
     kernels = winograd = None
 

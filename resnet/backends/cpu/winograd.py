@@ -30,7 +30,7 @@ from llvmlite import ir
 from numba.core import cgutils, codegen, config
 
 from resnet import files
-from resnet.functions import kernels
+from resnet.backends.cpu import kernels
 
 TILE = 4  # outputs of a tile, in each direction
 # +-1 and +-2 instead would round twice as much and save nothing. The last point is infinity.

@@ -15,9 +15,10 @@ import warnings
 import chainer
 from chainer import links  # noqa: F401  chainer.links is an attribute only once it is imported
 
-from resnet.functions import cuda, onednn
-from resnet.functions.cudnn import PRECISIONS
-from resnet.functions.reference import REFERENCE
+from resnet.backends.cpu import onednn
+from resnet.backends.gpu import cuda
+from resnet.backends.gpu.cudnn import PRECISIONS
+from resnet.backends.reference import REFERENCE
 
 count_gpus = cuda.count_gpus
 BACKENDS = ("auto", "chainer", "onednn", "winograd", "cuda")

@@ -1,0 +1,1 @@
+"""What computes: backends behind ``resnet.functions``, all of the form of ``reference``."""

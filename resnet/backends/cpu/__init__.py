@@ -1,0 +1,1 @@
+"""The CPU: oneDNN and Winograd convolutions, and compiled passes between them."""

@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: convolutions of cuDNN, kernels of our own, and CUDA graphs of whole steps."""
