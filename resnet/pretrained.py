@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.resources
-import json
 from pathlib import Path
 
 from resnet import command, files, record, weights
@@ -54,8 +53,7 @@ def find(text: str | Path) -> Path:
 
 def card(path: Path) -> str:
     """What is to be known of the network in the folder ``path``, in Markdown, from its record."""
-    log = json.loads((path / "log").read_text())
-    content = json.loads((path / "args.json").read_text())
+    log, content = files.read_json(path / "log"), files.read_json(path / "args.json")
     run, starts = content["run"], content["starts"]
     plan, last = run["schedule"], log[-1]
     evaluation = run["evaluation"]
