@@ -41,7 +41,17 @@ from harness import (
 from PIL import Image
 
 from plots import logs
-from resnet import cifar10, evaluate, extensions, files, flags, synthetic, training, weights
+from resnet import (
+    cifar10,
+    evaluate,
+    extensions,
+    files,
+    flags,
+    record,
+    synthetic,
+    training,
+    weights,
+)
 from resnet.command import InputError
 from resnet.partial_training import PartialTraining
 
@@ -89,9 +99,19 @@ def test_the_campaign_sees_what_it_looks_for(monkeypatch):
 
 @functools.cache
 def tiny():
-    arrays = synthetic.make(16, 8)
+    arrays = synthetic.make(8, 4)
     names = tuple("abcdefghij")
     return cifar10.Dataset("tiny", *arrays, names, "made by the tests", cifar10.digest(*arrays))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_record():
+    """Ask for packages and commit once: half of the time of so short a training."""
+    packages, git = record.packages(), record.git_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "packages", lambda: packages)
+        patch.setattr(record, "git_state", lambda: git)
+        yield
 
 
 EXPERIMENTS = ("plain", "resnet", "resresnet", "top-down", "bottom-up")
@@ -100,7 +120,7 @@ EXPERIMENTS = ("plain", "resnet", "resresnet", "top-down", "bottom-up")
 def make_run(experiment, out):
     """A run of a few iterations, with a snapshot after each."""
     parser = flags.add_schedule(flags.parser(""))
-    words = ["--n", "1", "-b", "8", "--epoch", "2", "--snapshot-interval", "0", "--out", str(out)]
+    words = ["--n", "1", "-b", "4", "--epoch", "2", "--snapshot-interval", "0", "--out", str(out)]
     args = parser.parse_args([*words, "--warmup", "off"])
     args.stage, args.scale, args.freeze, args.new_ends = None, 1.0, False, False
     setting = training.Setting(args, tiny(), "test", chainer.get_device("@numpy"), "chainer")
