@@ -94,6 +94,11 @@ def add(run: Path, name: str) -> Path:
     if not (run / "blocks.h5").exists():
         raise InputError(f"{run}: no blocks.h5 in it; legal: the folder of a complete run")
     weights.describe(run / "blocks.h5")
+    try:
+        with files.parsing():  # whether log and args.json hold what a card says
+            card(run)
+    except ValueError as error:
+        raise InputError(f"{run}: its log or args.json is damaged ({error})") from None
     target = folder() / name
     record.publish(run, target)
     with files.whole(target / "blocks.h5") as temporary:
@@ -105,8 +110,12 @@ def add(run: Path, name: str) -> Path:
 
 def main() -> None:
     p = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the folder of a complete run")
-    p.add_argument("--name", help="what to call it (default: architecture and depth)")
+    p.add_argument(
+        "run", type=command.path, nargs="?", metavar="RUN", help="the folder of a complete run"
+    )
+    p.add_argument(
+        "--name", type=command.name, help="what to call it (default: architecture and depth)"
+    )
     args = p.parse_args()
     if args.run is None:
         print("\n".join(names()) or f"no trained network in {folder()}")

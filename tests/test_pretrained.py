@@ -96,6 +96,14 @@ def test_a_run_that_cannot_be_repeated_is_refused(shelf, finished):
     assert not shelf.exists()
 
 
+@pytest.mark.parametrize("name", ["log", "args.json"])
+def test_a_damaged_run_is_refused_before_anything_of_it_is_kept(name, shelf, finished):
+    (finished.folder / name).write_text("[{}]")
+    with pytest.raises(InputError, match=r"its log or args\.json is damaged"):
+        pretrained.add(finished.folder, "resnet-8")
+    assert not shelf.exists()
+
+
 @pytest.mark.parametrize("name", pretrained.names())
 def test_card_of_a_network_of_the_package_is_that_of_its_record(name):
     path = pretrained.folder() / name
