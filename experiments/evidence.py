@@ -23,10 +23,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from resnet import command, files, record
-from resnet.command import InputError
-from resnet.extensions import StopRequest
+from resnet.command import STOPPED, InputError
 from resnet.network import layers
-from resnet.training import UNFINISHED
+from resnet.stopping import StopRequest
 
 SCRIPTS = {
     "plain": ["plain.py"],
@@ -174,11 +173,11 @@ def train_all(wanted: list[Training], out: Path, passed_on: list[str]) -> None:
             continue
         words = [str(scripts / each.words[0]), *each.words[1:], "--out", str(out), *passed_on]
         print(f"== {number} of {len(wanted)}: python {shlex.join(words)}", flush=True)
-        status = UNFINISHED if trainer.stopped else trainer.run(words)
-        if trainer.stopped or status == UNFINISHED:
+        status = STOPPED if trainer.stopped else trainer.run(words)
+        if trainer.stopped or status == STOPPED:
             done = sum(is_complete(out / every.name) for every in wanted)
             print(f"stopped with {done} of {len(wanted)} complete; the same command goes on")
-            sys.exit(UNFINISHED)
+            sys.exit(STOPPED)
         if status < 0:
             killer = signal.Signals(-status).name
             raise InputError(f"{folder}: training was killed by {killer}; the same command goes on")
@@ -188,7 +187,7 @@ def train_all(wanted: list[Training], out: Path, passed_on: list[str]) -> None:
             sys.exit(status)  # it has said why
     if taken:
         print(f"{taken} of {len(wanted)} are being trained by other processes, the rest complete")
-        sys.exit(UNFINISHED)
+        sys.exit(STOPPED)
     print(f"all {len(wanted)} complete in {out}")
 
 

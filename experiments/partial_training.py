@@ -11,6 +11,7 @@ The same command again goes on where an interrupted run stopped.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 # Python looks for modules beside the script first, and there 'resnet' is another script.
@@ -34,8 +35,7 @@ def main() -> None:
         help="begin each stage with fresh conv1 and fc (default: they carry over)")
     # fmt: on
     args = p.parse_args()
-    training.run(lambda n, seed, setting: PartialTraining(args.order, n, seed, setting),
-                 args, DEPTHS)  # fmt: skip
+    training.run(partial(PartialTraining, args.order), args, DEPTHS)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ KINDS = {  # what is random
 
 
 def draw(xp, seed: int, iteration: int, batchsize: int, kind: str = "report"):
-    """Where each image of a batch is cropped, and whether it is flipped.
+    """Draw where each image of a batch is cropped, and whether it is flipped.
 
     A pure function of the seed, the iteration and the position in the batch. The crops of ``crop``
     and the flips of ``flip`` are those of ``report``; what is not random leaves an image as it is.

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import http.client
 import os
 import sys
 import tarfile
-import time
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from resnet import arrays, command, files, pickles, synthetic
+from resnet import arrays, command, download, files, pickles, synthetic
 from resnet.command import InputError
 
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-SIZE = 170_498_071  # bytes of the official archive
-MD5 = "c58f30108f718f92721af3b95e74349a"
-DEADLINE = 3600  # seconds for a whole download, 47 kB/s; the next one goes on from there
 OFFICIAL_MD5 = {  # of the files in the official archive
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -112,8 +102,8 @@ def load(data: str | None = None, may_download: bool = True) -> Dataset:
                 "python -m resnet.cifar10, or name a copy"
             )
         if read is None:
-            archive = root / "_dl_cache" / cache_name()
-            download(archive)
+            archive = root / "_dl_cache" / download.cache_name()
+            download.fetch(archive)
             return _read_archive(archive)
         return read()
     except OSError as error:  # unreadable, or gone since it was found
@@ -128,13 +118,8 @@ def _expand(name: str) -> Path:
         raise InputError(f"'{name}': {command.reason(error)}; {LEGAL}") from None
 
 
-def cache_name() -> str:
-    """Name under which Chainer caches the download of ``URL``."""
-    return hashlib.md5(URL.encode()).hexdigest()
-
-
 def mean_image(train_x: np.ndarray) -> np.ndarray:
-    """Per-pixel mean of training images (report, section II).
+    """Compute the per-pixel mean of training images (report, section II).
 
     Args:
         train_x: uint8 (N, 3, 32, 32).
@@ -170,129 +155,11 @@ def hold_out(dataset: Dataset, count: int = 5000) -> Dataset:
 
 
 def digest(train_x, train_y, test_x, test_y) -> str:
-    """sha256 of the pixels and labels, in their order."""
+    """Compute the sha256 of the pixels and labels, in their order."""
     sha256 = hashlib.sha256()
     for array in (train_x, train_y.astype(np.uint8), test_x, test_y.astype(np.uint8)):
         sha256.update(np.ascontiguousarray(array).data)
     return sha256.hexdigest()
-
-
-def download(path: Path, url: str = URL, size: int = SIZE, md5: str = MD5) -> None:
-    """Download the archive to ``path``, which appears only once size and md5 are right.
-
-    An interrupted download is kept beside ``path`` and continued by the next call. Processes that
-    call this at the same time wait for each other.
-
-    Raises:
-        InputError: No network, or what came is not the archive.
-    """
-    partial = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _open_locked(partial)
-    except OSError as error:
-        raise InputError(f"cannot write the download {partial}: {error.strerror}") from None
-    with file:
-        if path.exists():  # another process was faster
-            partial.unlink(missing_ok=True)
-            return
-        try:
-            _fetch(file, url, size)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            raise InputError(
-                f"cannot download {url}: {reason}; {file.tell():,} bytes are kept in {partial} and "
-                "the same command goes on from there. Without a network: --data PATH or "
-                "CHAINER_DATASET_ROOT name a local copy, --data synthetic needs none"
-            ) from None
-        found = _md5(partial)
-        if file.tell() != size or found != md5:
-            what = _describe(partial)
-            partial.unlink()
-            raise InputError(
-                f"{url} is not the official archive: found {what}, md5 {found}; "
-                f"expected {size:,} bytes, md5 {md5}. The download was removed"
-            )
-        os.fsync(file.fileno())
-        os.replace(partial, path)
-
-
-def _open_locked(partial: Path) -> BinaryIO:
-    """Open ``partial`` for appending, held by this process alone until it is closed."""
-    import fcntl  # Unix alone has it, and only a download needs it
-
-    while True:
-        # Unbuffered: after a full disk there is nothing left to write when the file is closed.
-        file = open(partial, "ab", buffering=0)  # noqa: SIM115 the caller closes it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("waiting for another process that downloads CIFAR-10", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # file systems of some clusters know no locks; the md5 still guards
-            return file
-        # Meanwhile the other process may have renamed or removed the file that was opened.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):
-                return file
-        file.close()
-
-
-def _fetch(file: BinaryIO, url: str, size: int) -> None:
-    """Append to ``file`` what is missing of ``url``; from the start if the server insists."""
-    deadline = time.monotonic() + DEADLINE
-    have = file.seek(0, os.SEEK_END)
-    if have == size:  # all there, but its check was interrupted
-        return
-    for start in (have, 0) if 0 < have < size else (0,):
-        request = urllib.request.Request(url)
-        if start:
-            request.add_header("Range", f"bytes={start}-")
-        try:
-            response = urllib.request.urlopen(request, timeout=60)
-        except urllib.error.HTTPError as error:
-            if start and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                continue
-            raise
-        with response:
-            partial = response.status == http.HTTPStatus.PARTIAL_CONTENT
-            expected = f"bytes {start}-{size - 1}/{size}"
-            if partial and response.headers.get("Content-Range") != expected:
-                if start:
-                    continue  # a part of some other file
-                raise OSError("the server sent a part that was not asked for")
-            start = start if partial else 0
-            length = response.headers.get("Content-Length")
-            file.truncate(start)
-            _copy(response, file, start, start + int(length) if length else size, size, deadline)
-            return
-
-
-def _copy(
-    response: BinaryIO, file: BinaryIO, have: int, total: int, limit: int, deadline: float
-) -> None:
-    """Append ``response`` to the ``have`` bytes of ``file``, at most to just above ``limit``."""
-    terminal = sys.stderr.isatty()
-    step, end = (1, "\r") if terminal else (20, "\n")
-    shown = -1
-    file.seek(have)
-    try:
-        while have <= limit and (chunk := response.read1(1 << 16)):  # what has come
-            file.write(chunk)
-            have += len(chunk)
-            if have < total and time.monotonic() > deadline:
-                raise TimeoutError(f"it took longer than {DEADLINE} s")
-            percent = 100 * have // max(total, 1)
-            if percent // step > shown:
-                shown = percent // step
-                bar = f"{'#' * (percent * 40 // 100):.<40}"
-                line = f"CIFAR-10 [{bar}] {percent:3d} % of {total / 1e6:.1f} MB"
-                print(line, end=end, file=sys.stderr, flush=True)
-    finally:
-        if terminal:
-            print(file=sys.stderr)
-    if have < total and have <= limit:
-        raise OSError(f"the connection ended after {have:,} of {total:,} bytes")
 
 
 def _reader(path: Path) -> Callable[[], Dataset] | None:
@@ -302,7 +169,7 @@ def _reader(path: Path) -> Callable[[], Dataset] | None:
         return lambda: read(path)
     if any((path / name).exists() for name in OFFICIAL_MD5):
         return lambda: _read_folder(path)
-    cache = cache_name()
+    cache = download.cache_name()
     for inner in (FOLDER, ARCHIVE, f"_dl_cache/{cache}", cache, "pfnet/chainer/cifar/cifar10.npz"):
         if (path / inner).exists() and (read := _reader(path / inner)):
             return read
@@ -324,11 +191,13 @@ def _read_folder(path: Path) -> Dataset:
 
 def _read_archive(path: Path) -> Dataset:
     """Read the official archive, in one pass and in memory."""
-    if (found := _md5(path)) != MD5:
-        remedy = "; delete it to have it downloaded again" if path.name == cache_name() else ""
+    if (found := download.md5_of(path)) != download.MD5:
+        ours = path.name == download.cache_name()
+        remedy = "; delete it to have it downloaded again" if ours else ""
         raise InputError(
-            f"{path}: not the official archive: found {_describe(path)}, md5 {found}; legal: "
-            f"{SIZE:,} bytes, md5 {MD5}, or the unpacked folder {FOLDER} of another copy{remedy}"
+            f"{path}: not the official archive: found {download.describe(path)}, md5 {found}; "
+            f"legal: {download.SIZE:,} bytes, md5 {download.MD5}, or the unpacked folder {FOLDER} "
+            f"of another copy{remedy}"
         )
     batches = {}
     try:
@@ -410,23 +279,6 @@ def _check(path: Path, data: object, labels: np.ndarray) -> tuple[np.ndarray, np
     if labels.min() < 0 or labels.max() >= len(CLASSES):
         raise InputError(f"{path}: labels: found {labels.min()}..{labels.max()}, legal: 0..9")
     return np.ascontiguousarray(data).reshape(-1, 3, 32, 32), labels.astype(np.int32)
-
-
-def _md5(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
-
-
-def _describe(path: Path) -> str:
-    """What a file that should be the archive looks like."""
-    with open(path, "rb") as file:
-        start = file.read(512).lstrip().lower()
-    size = path.stat().st_size
-    if start.startswith((b"<!doctype html", b"<html")):
-        return f"an HTML page of {size:,} bytes"
-    if start.startswith(b"\x1f\x8b") and size < SIZE:
-        return f"{size:,} bytes, perhaps a truncated download"
-    return f"{size:,} bytes"
 
 
 def main() -> None:

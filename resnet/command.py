@@ -15,6 +15,7 @@ from typing import TextIO
 
 USAGE = 2  # a flag or argument is wrong
 FAILURE = 1  # everything else: files, network, damaged data
+STOPPED = 75  # training was asked to stop; the same command goes on
 INTERRUPTED = 130  # Ctrl-C, as shells say it
 
 

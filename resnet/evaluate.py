@@ -28,9 +28,9 @@ from resnet import (
     training,
     weights,
 )
+from resnet.batches import Images
 from resnet.command import InputError, Parser
 from resnet.network import layers
-from resnet.updater import Images
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 

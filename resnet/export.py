@@ -35,9 +35,9 @@ from resnet import (
     weights,
 )
 from resnet import network as networks
+from resnet.batches import Images
 from resnet.command import USAGE, InputError, Parser
 from resnet.network import BLOCKS, CHANNELS, Network
-from resnet.updater import Images
 
 COUNT = 1000  # images of each kind that a written file is compared on
 TOLERANCE = 1e-4  # of logits: float32 sums in another order

@@ -38,22 +38,22 @@ class Processes:
         self.local = communicator.intra_rank if communicator else 0
 
     def share(self, count: int) -> slice:
-        """Which of ``count`` things in a row are this process's."""
+        """Tell which of ``count`` things in a row are this process's."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number's sum over the processes, in double precision."""
+        """Add up each number over the processes, in double precision."""
         if self._communicator is None:
             return [float(number) for number in numbers]
         mine = np.array([float(number) for number in numbers])
         return self._communicator.mpi_comm.allreduce(mine).tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is true in one of the processes, the same answer in all."""
+        """Tell whether the flag is true in one of the processes; all get the same answer."""
         return self.sum(flag)[0] > 0
 
     def agree(self, flag: bool) -> bool:
-        """The first process's flag."""
+        """Return the first process's flag."""
         return self.any(flag and self.rank == 0)
 
     def wait(self) -> None:

@@ -19,12 +19,14 @@ What the report leaves open is settled as follows.
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
 
 import chainer
 from chainer import training as chainer_training
 
-from resnet import extensions, files, schedule, training, weights
+from resnet import extensions, files, run_folder, schedule, training, weights
 from resnet.command import USAGE, InputError
 from resnet.network import BLOCKS, GROUPS, Network, layers, resnet
 from resnet.training import Run, Setting
@@ -36,10 +38,10 @@ LAST_EPOCHS = STAGES[-1][0]
 DEPTHS = (5,)  # the report's net for this has 32 layers
 
 
-class PartialTraining(Run):
-    """The three stages and the folder that joins them.
+class PartialTraining:
+    """The three stages, each a run, and the folder that joins them.
 
-    ``args`` has, beside the flags of all experiments, ``stage``, ``scale``, ``freeze`` and
+    ``setting.args`` has, beside the flags of all experiments, ``stage``, ``scale``, ``freeze`` and
     ``new_ends``.
 
     Args:
@@ -47,42 +49,92 @@ class PartialTraining(Run):
         n: Modules per block.
         seed: Seed of weights, order and augmentation.
         setting: What it shares with the other runs of the command.
+
+    Attributes:
+        identity, folder, schedule: As those of a ``Run``.
+        stages: Runs in a row, each of which begins with what the one before saved.
     """
 
     def __init__(self, order: str, n: int, seed: int, setting: Setting) -> None:
-        self.order = order
-        self.name = order.replace("-", "_")
-        super().__init__("resnet", n, seed, setting)
-        if self.args.resume is not None and self.args.stage is None:
+        args, name = setting.args, order.replace("-", "_")
+        if args.resume is not None and args.stage is None:
             raise InputError("--resume: a snapshot is of one stage; legal: with --stage K", USAGE)
-        self.folder = self.args.out / self.folder_name(self.name)
-        self.stages = [Stage(self, number, setting) for number in range(1, len(STAGES) + 1)]
+        self.order, self.n, self.seed, self.setting = order, n, seed, setting
+        self.chosen = training.choices(args) | options(args)
+        plans = [stage_schedule(k, args, setting.size) for k in range(1, len(STAGES) + 1)]
+        self.schedule = in_a_row(plans)
+        self.identity = training.identify(setting, name, n, seed, self.schedule, self.chosen)
+        self.folder = training.name_folder(setting, name, n, seed, self.chosen)
+        self.stages = [self.make_stage(number, plan) for number, plan in enumerate(plans, 1)]
 
-    def choose_schedule(self) -> schedule.Schedule:
-        """All stages in a row; the rate also jumps up where a stage begins, see the log."""
-        plans = [stage_schedule(k, self.args, self.size) for k in range(1, len(STAGES) + 1)]
-        drops, before = [], 0
-        for plan in plans:
-            drops += [before + drop for drop in plan.drops]
-            before += plan.iterations
-        name = plans[0].name.replace("stage 1", "partial")  # maybe shortened
-        return schedule.Schedule(name, before, tuple(drops))
+    # A stage.
 
-    @property
-    def choices(self) -> dict:
-        return {**super().choices, **options(self.args)}
+    def make_stage(self, number: int, plan: schedule.Schedule) -> Run:
+        """Make the run that trains a ResNet with the first ``number`` blocks of the order."""
+        n, seed, setting = self.n, self.seed, self.setting
+        identity = training.identify(setting, "resnet", n, seed, plan, self.chosen)
+        return Run(
+            setting=setting,
+            title=f"ResNet-{layers(n)} (n = {n}), {self.order}, stage {number} of {len(STAGES)} "
+            f"with {', '.join(self.present(number))}",
+            identity={**identity, "order": self.order, "stage": number},
+            folder=self.folder / f"stage{number}",
+            schedule=plan,
+            stream=seed + (number << 32),  # other batches than the stage before
+            build=partial(self.build, number),
+            extend=partial(self.extend, number),
+        )
 
-    @property
-    def identity(self) -> dict:
-        return {**super().identity, "architecture": self.name}
+    def present(self, number: int) -> tuple[str, ...]:
+        """List the blocks of stage ``number``, the new one last."""
+        return ORDERS[self.order][:number]
+
+    def build(self, number: int) -> Network:
+        """Make the network of stage ``number``, its earlier blocks as the stage before left them.
+
+        Raises:
+            InputError: The stage before is not complete.
+        """
+        network = resnet(self.n, self.seed, self.present(number))
+        *earlier, new = self.present(number)
+        if earlier:
+            before = self.stages[number - 2]
+            if not before.is_complete():
+                raise InputError(
+                    f"{before.folder}: not complete, and stage {number} begins with its blocks; "
+                    f"legal: --stage {number - 1} first, or no --stage"
+                )
+            groups = (*earlier, *(() if self.setting.args.new_ends else ("conv1", "fc")))
+            weights.load(before.folder / "blocks.h5", network, "resnet", groups)
+            scale(network[new], self.setting.args.scale)
+        return network
+
+    def extend(self, number: int, trainer: chainer_training.Trainer) -> None:
+        """Freeze blocks if wanted, measure how far they move, and join the logs."""
+        epoch_end = extensions.EpochEnd(self.stages[number - 1].schedule.iterations)
+        network = trainer.updater.optimizer.target
+        if self.setting.args.freeze:
+            network.freeze(self.present(number)[:-1])
+        # How far each block moves: the report's explanation of what it saw.
+        trainer.extend(extensions.Distance(network), trigger=epoch_end)
+        if self.setting.processes.rank == 0:
+            # The log of all stages, for the plots.
+            trainer.extend(
+                lambda _: self.join(),
+                name="join",
+                trigger=epoch_end,
+                priority=extensions.AFTER_LOG,
+            )
+
+    # All stages.
 
     def train(self) -> None:
         """Train every stage that is not complete, and put the last one's blocks beside the log."""
-        with training.only_writers(self.folder, self.setting.processes):
+        with run_folder.only_writers(self.folder, self.setting.processes):
             self._train()
 
     def _train(self) -> None:
-        training.read_starts(self.folder, self.identity)
+        run_folder.read_starts(self.folder, self.identity)
         processes = self.setting.processes
         complete = processes.agree(self.is_complete())
         if processes.rank == 0:
@@ -94,10 +146,10 @@ class PartialTraining(Run):
         processes.wait()
         if complete:
             print(f"{self.folder}: already complete")
-            self.report()
+            training.report(self.folder, self.setting)
             return
-        for stage in self.stages:
-            if self.args.stage in (None, stage.number):
+        for number, stage in enumerate(self.stages, 1):
+            if self.setting.args.stage in (None, number):
                 stage.train()
         if processes.agree(self.stages[-1].is_complete()):
             if processes.rank == 0:
@@ -105,17 +157,18 @@ class PartialTraining(Run):
                 with files.whole(self.folder / "blocks.h5") as temporary:
                     shutil.copyfile(self.stages[-1].folder / "blocks.h5", temporary)
             processes.wait()
-            self.report()
+            training.report(self.folder, self.setting)
 
     def is_complete(self) -> bool:
-        found = training.saved_blocks(self.folder)
+        """Tell whether the folder holds the blocks of the last stage, intact."""
+        found = run_folder.saved_blocks(self.folder)
         return found is not None and found.groups == GROUPS
 
     def repair_log(self) -> None:
         """Join the logs of the stages again where the whole one cannot be read."""
         path, iterations = self.folder / "log", self.schedule.iterations
         try:
-            extensions.check_log(files.read_json(path), self.evaluation, iterations)
+            run_folder.check_log(files.read_json(path), self.setting.evaluation, iterations)
         except (ValueError, FileNotFoundError):
             self.join()
 
@@ -123,117 +176,50 @@ class PartialTraining(Run):
         """Write one log and one args.json from those of the stages."""
         entries, starts = [], []
         iterations = seconds = 0
-        for stage in self.stages:
+        for number, stage in enumerate(self.stages, 1):
             try:
                 log = files.read_json(stage.folder / "log")
-                extensions.check_log(log, self.evaluation)
+                run_folder.check_log(log, self.setting.evaluation)
             except (FileNotFoundError, ValueError):
                 break
             for entry in log:
                 iteration = iterations + entry["iteration"]
-                epoch = round(iteration * self.args.batchsize / self.size, 2)
+                epoch = round(iteration * self.setting.args.batchsize / self.setting.size, 2)
                 entries.append(
                     {
                         **entry,
-                        "stage": stage.number,
+                        "stage": number,
                         "iteration": iteration,
                         "epoch": int(epoch) if epoch == int(epoch) else epoch,
                         "elapsed_time": seconds + entry["elapsed_time"],
                     }
                 )
-            starts += training.read_starts(stage.folder, stage.identity)
+            starts += run_folder.read_starts(stage.folder, stage.identity)
             iterations += stage.schedule.iterations
             seconds = entries[-1]["elapsed_time"]
         if not entries:
             raise InputError(f"{self.stages[0].folder / 'log'}: missing or damaged")
-        extensions.write_log(self.folder / "log", entries)
-        training.write_record(self.folder, self.identity, starts)
+        run_folder.write_log(self.folder / "log", entries)
+        run_folder.write_record(self.folder, self.identity, starts)
 
 
-class Stage(Run):
-    """One stage: a ResNet with the first ``number`` blocks of the order.
-
-    Args:
-        whole: The partial training it belongs to.
-        number: 1, 2 or 3.
-        setting: What all runs of the command share.
-    """
-
-    def __init__(self, whole: PartialTraining, number: int, setting: Setting) -> None:
-        self.whole, self.number = whole, number
-        self.present = ORDERS[whole.order][:number]
-        super().__init__("resnet", whole.n, whole.seed, setting)
-        self.folder = whole.folder / f"stage{number}"
-        self.stream = whole.seed + (number << 32)  # other batches than the stage before
-
-    def choose_schedule(self) -> schedule.Schedule:
-        return stage_schedule(self.number, self.args, self.size)
-
-    @property
-    def title(self) -> str:
-        return (
-            f"ResNet-{layers(self.n)} (n = {self.n}), {self.whole.order}, stage {self.number} of "
-            f"{len(STAGES)} with {', '.join(self.present)}"
-        )
-
-    @property
-    def choices(self) -> dict:
-        return {**super().choices, **options(self.args)}
-
-    @property
-    def identity(self) -> dict:
-        return {**super().identity, "order": self.whole.order, "stage": self.number}
-
-    def build(self) -> Network:
-        """The network of this stage, its earlier blocks as the stage before left them."""
-        network = resnet(self.n, self.seed, self.present)
-        *earlier, new = self.present
-        if earlier:
-            groups = (*earlier, *(() if self.args.new_ends else ("conv1", "fc")))
-            weights.load(self.before(), network, "resnet", groups)
-            scale(network[new], self.args.scale)
-        return network
-
-    def before(self) -> Path:
-        """The file that the stage before wrote.
-
-        Raises:
-            InputError: It is not complete.
-        """
-        stage = self.whole.stages[self.number - 2]
-        if not stage.is_complete():
-            raise InputError(
-                f"{stage.folder}: not complete, and stage {self.number} begins with its blocks; "
-                f"legal: --stage {stage.number} first, or no --stage"
-            )
-        return stage.folder / "blocks.h5"
-
-    def extend(self, trainer: chainer_training.Trainer) -> None:
-        epoch_end = extensions.EpochEnd(self.schedule.iterations)
-        network = trainer.updater.optimizer.target
-        if self.args.freeze:
-            network.freeze(self.present[:-1])
-        # How far each block moves: the report's explanation of what it saw.
-        trainer.extend(extensions.Distance(network), trigger=epoch_end)
-        if self.setting.processes.rank == 0:
-            # The log of all stages, for the plots.
-            trainer.extend(
-                lambda _: self.whole.join(),
-                name="join",
-                trigger=epoch_end,
-                priority=extensions.AFTER_LOG,
-            )
+def in_a_row(plans: Sequence[schedule.Schedule]) -> schedule.Schedule:
+    """Join the schedules of stages; that the rate jumps up between them is not in it."""
+    *begins, end = accumulate((plan.iterations for plan in plans), initial=0)
+    drops = (begin + drop for begin, plan in zip(begins, plans, strict=True) for drop in plan.drops)
+    name = plans[0].name.replace("stage 1", "partial")  # maybe shortened
+    return schedule.Schedule(name, end, tuple(drops))
 
 
 def options(args) -> dict:
-    """The choices beyond the report that were made, by name."""
+    """List by name the choices that are not the report's."""
     chosen = {"scale": args.scale, "freeze": args.freeze, "new ends": args.new_ends}
     default = {"scale": 1.0, "freeze": False, "new ends": False}
     return {name: value for name, value in chosen.items() if value != default[name]}
 
 
 def stage_schedule(number: int, args, size: int) -> schedule.Schedule:
-    """The schedule of stage ``number``: the report's, or all shortened by a flag."""
+    """Make the schedule of stage ``number``: the report's, or all shortened by a flag."""
     length, drops = STAGES[number - 1]
     factor = (args.epoch or LAST_EPOCHS) / LAST_EPOCHS
     drops = [factor * drop for drop in drops]

@@ -17,7 +17,7 @@ _SECOND = np.uint64(0x94D049BB133111EB)
 
 
 def bits(xp, *keys):
-    """64 random bits for each combination of keys: the finalizer of SplitMix64 over every key.
+    """Draw 64 random bits for each combination of keys: the finalizer of SplitMix64 over every key.
 
     Args:
         xp: ``numpy`` or ``cupy``.
@@ -39,11 +39,11 @@ def bits(xp, *keys):
 
 
 def below(xp, bound: int, *keys):
-    """Random integers from 0 to ``bound - 1``, int64, one for each combination of keys."""
+    """Draw random integers from 0 to ``bound - 1``, int64, one for each combination of keys."""
     high = bits(xp, *keys) >> np.uint64(32)
     return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
 
 
 def permutation(xp, size: int, *keys):
-    """A random order of ``size`` items, int64 array (size,)."""
+    """Draw a random order of ``size`` items, int64 array (size,)."""
     return xp.argsort(bits(xp, *keys, xp.arange(size)), kind="stable")

@@ -29,11 +29,11 @@ class Schedule:
     drops: tuple[int, ...]
 
     def rate(self, iteration: int) -> float:
-        """Rate of the update number ``iteration``, counted from 0."""
+        """Compute the rate of the update number ``iteration``, counted from 0."""
         return INITIAL_RATE / 10 ** sum(iteration >= drop for drop in self.drops)
 
     def shortened(self, factor: int) -> Schedule:
-        """This schedule ``factor`` times shorter, its drops alike; the rates are the same."""
+        """Make this schedule ``factor`` times shorter, its drops alike; the rates are the same."""
         if factor == 1:
             return self
         iterations, *drops = (math.ceil(end / factor) for end in (self.iterations, *self.drops))
@@ -41,14 +41,14 @@ class Schedule:
 
 
 def he2015() -> Schedule:
-    """64k iterations with drops at 32k and 48k (He et al. 2015, 4.2)."""
+    """Make the schedule of 64k iterations with drops at 32k and 48k (He et al. 2015, 4.2)."""
     return Schedule("he2015", 64_000, (32_000, 48_000))
 
 
 def epochs(
     length: float, drops: Sequence[float], size: int, batchsize: int, name: str = "custom"
 ) -> Schedule:
-    """A schedule counted in epochs of ``size`` images, in batches of ``batchsize``."""
+    """Make a schedule counted in epochs of ``size`` images, in batches of ``batchsize``."""
 
     def iteration(epoch: float) -> int:
         return math.ceil(epoch * size / batchsize)
@@ -57,7 +57,7 @@ def epochs(
 
 
 def report100(size: int, batchsize: int) -> Schedule:
-    """100 epochs with drops at 40 and 80: the schedule that the report prints (III.B)."""
+    """Make the schedule that the report prints (III.B): 100 epochs with drops at 40 and 80."""
     return epochs(100, (40, 80), size, batchsize, "report100")
 
 

@@ -1,122 +1,72 @@
-"""The training step: next batch, augmentation, rate of this iteration, one update."""
+"""The training step: the next batch, the rate of this iteration, one update."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 
 import chainer
 import numpy as np
 from chainer import training
 
-from resnet import augmentation, functions, random
+from resnet import functions
+from resnet.batches import Batches
 from resnet.parallel import ALONE, Processes
 from resnet.schedule import WARM_UP_RATE, Schedule, WarmUp
 
 
-class Images:
-    """A set of images on the device of the network.
-
-    Args:
-        x: uint8 (N, 3, 32, 32).
-        y: Labels, int32 (N,).
-        mean: Per-pixel mean of the training images, float32 (3, 32, 32), in units of 0..1.
-        device: ``chainer.backend.Device`` that keeps the arrays.
-    """
-
-    def __init__(self, x: np.ndarray, y: np.ndarray, mean: np.ndarray, device) -> None:
-        self.x, self.y, self.mean = device.send(x), device.send(y), device.send(mean)
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def batch(self, where):
-        """Images of the indices ``where`` without their mean, float32 in 0..1, and the labels."""
-        return self.x[where] * np.float32(1 / 255) - self.mean, self.y[where]
-
-    def part(self, where: slice) -> Images:
-        """The images of ``where`` alone."""
-        part = copy.copy(self)
-        part.x, part.y = self.x[where], self.y[where]
-        return part
-
-
 class Updater(training.Updater):
-    """Updates ``optimizer``'s network once per call, on batches of an endless shuffled stream.
-
-    Each pass over the images is a new random order; a batch may reach over the end of a pass, so
-    iterations count as in He et al. Order and augmentation are functions of the seed and the
-    iteration: nothing of them needs saving.
+    """Updates ``optimizer``'s network once per call, on one batch after the other.
 
     Args:
         optimizer: From ``functions.momentum_sgd``.
-        images: The training set.
-        batchsize: Images per update.
+        batches: What the network is trained on.
         schedule: Rate of every iteration.
         warm_up: Whether to begin with the warm-up of He et al. 2015, 4.2.
-        seed: Seed of order and augmentation.
         processes: Those that train together; each takes its share of every batch.
-        augment: What is random about the images, one of ``augmentation.KINDS``.
     """
 
     def __init__(
         self,
         optimizer,
-        images: Images,
-        batchsize: int,
+        batches: Batches,
         schedule: Schedule,
         warm_up: bool = False,
-        seed: int = 0,
         processes: Processes = ALONE,
-        augment: str = "report",
     ) -> None:
         self.optimizer = optimizer
-        self.images = images
-        self.batchsize = batchsize
+        self.batches = batches
         self.schedule = schedule
         self.warm_up = WarmUp(warm_up)
-        self.seed = seed
         self.processes = processes
-        self.augment = augment
         self.iteration = 0
-        self._orders: dict[int, object] = {}  # at most the two passes that a batch can touch
         # Kept on the device: reading them every iteration would make the host wait for a GPU.
-        xp = chainer.backend.get_array_module(images.x)
+        xp = chainer.backend.get_array_module(batches.images.x)
         self._loss, self._correct = xp.zeros((), np.float64), xp.zeros((), np.int64)
         self._updates = 0
         self._skipped = getattr(optimizer, "skipped", None)  # those of all processes are the same
         self._recorded = None
         # A recorded step does not meet other processes, and has the report's augmentation.
-        if processes.size == 1 and augment == "report":
-            self._recorded = functions.recorded_step(
-                optimizer,
-                images,
-                batchsize=batchsize,
-                seed=seed,
-                order=lambda epoch: self._order(xp, epoch),
-                padding=augmentation.PADDING,
-                purpose=random.AUGMENT,
-                loss=self._loss,
-                correct=self._correct,
-            )
+        if processes.size == 1 and batches.augment == "report":
+            sums = self._loss, self._correct
+            self._recorded = functions.recorded_step(optimizer, batches, *sums)
 
     # What a Chainer trainer asks of an updater.
 
     @property
     def epoch_detail(self) -> float:
-        return self.iteration * self.batchsize / len(self.images)
+        return self.iteration * self.batches.size / len(self.batches.images)
 
     @property
     def previous_epoch_detail(self) -> float:
-        return max(self.iteration - 1, 0) * self.batchsize / len(self.images)
+        return max(self.iteration - 1, 0) * self.batches.size / len(self.batches.images)
 
     @property
     def epoch(self) -> int:
-        return self.iteration * self.batchsize // len(self.images)
+        return self.iteration * self.batches.size // len(self.batches.images)
 
     @property
     def is_new_epoch(self) -> bool:
-        before = (self.iteration - 1) * self.batchsize // len(self.images)
+        before = (self.iteration - 1) * self.batches.size // len(self.batches.images)
         return self.iteration > 0 and self.epoch > before
 
     def get_optimizer(self, name: str):
@@ -125,37 +75,30 @@ class Updater(training.Updater):
     def get_all_optimizers(self):
         return {"main": self.optimizer}
 
-    def connect_trainer(self, trainer) -> None:
-        pass
-
     def finalize(self) -> None:
         pass
 
     # The step.
 
     def rate(self) -> float:
-        """Learning rate of the coming update."""
+        """Compute the learning rate of the coming update."""
         return WARM_UP_RATE if self.warm_up.active else self.schedule.rate(self.iteration)
 
     def batch(self):
-        """The coming batch, augmented: ``(x, t)``, float32 (B, 3, 32, 32) and int32 (B,).
-
-        Of several processes each has its share of the B images.
-        """
-        xp = chainer.backend.get_array_module(self.images.x)
-        share = self.processes.share(self.batchsize)
-        x, t = self.images.batch(self._indices(xp)[share])
-        place = augmentation.draw(xp, self.seed, self.iteration, self.batchsize, self.augment)
-        return augmentation.crop_and_flip(x, *(values[share] for values in place)), t
+        """Make the coming batch, as ``Batches.batch``; of several processes each has a share."""
+        return self.batches.batch(self.iteration, self.processes.share(self.batches.size))
 
     def update(self) -> None:
         """Train on the next batch at this iteration's rate."""
+        self.optimizer.lr = self.rate()
         if self._recorded and not self.warm_up.active:  # whose end the host must see
-            self.optimizer.lr = self.rate()
             self._recorded(self.iteration)
-            self._updates += 1
-            self.iteration += 1
-            return
+        else:
+            self._train()
+        self._updates += 1
+        self.iteration += 1
+
+    def _train(self) -> None:
         x, t = self.batch()
         network = self.optimizer.target
         y = network(x)
@@ -163,19 +106,16 @@ class Updater(training.Updater):
         network.cleargrads()
         loss.backward()
         self.processes.average_gradients(network)
-        self.optimizer.lr = self.rate()
         self.optimizer.update()
         correct = (y.array.argmax(axis=1) == t).sum()
         self._loss += loss.array.astype(np.float64) / self.processes.size
         self._correct += correct
-        self._updates += 1
         if self.warm_up.active:
             (correct,) = self.processes.sum(correct)
-            self.warm_up.observe(self.iteration, 1 - correct / self.batchsize)
-        self.iteration += 1
+            self.warm_up.observe(self.iteration, 1 - correct / self.batches.size)
 
     def statistics(self) -> dict[str, float]:
-        """Mean loss and accuracy (0..1) of the batches since the last call, and the last rate.
+        """Compute mean loss and accuracy (0..1) since the last call, and tell the last rate.
 
         With float16 gradients the number of steps, too, that were skipped because one was infinite.
         """
@@ -183,7 +123,7 @@ class Updater(training.Updater):
         loss, correct = self.processes.sum(self._loss, self._correct)
         summary = {
             "main/loss": loss / updates,
-            "main/accuracy": correct / (updates * self.batchsize),
+            "main/accuracy": correct / (updates * self.batches.size),
             "lr": self.optimizer.lr,
         }
         if self._skipped is not None:
@@ -212,7 +152,7 @@ class Updater(training.Updater):
         self.warm_up.serialize(serializer["warm_up"])
         self.iteration = int(serializer("iteration", self.iteration))
         self.optimizer.lr = float(serializer("lr", self.optimizer.lr))  # the last one, for the log
-        xp = chainer.backend.get_array_module(self.images.x)
+        xp = chainer.backend.get_array_module(self._loss)
         self._loss[...] = xp.asarray(serializer("loss", self._loss))
         self._correct[...] = xp.asarray(serializer("correct", self._correct))
         self._updates = int(serializer("updates", self._updates))
@@ -222,21 +162,3 @@ class Updater(training.Updater):
         self._be_first()
         if self._recorded:
             self._recorded.captured.check()
-
-    def _order(self, xp, epoch: int):
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-            size = len(self.images)
-            self._orders[epoch] = random.permutation(xp, size, self.seed, random.SHUFFLE, epoch)
-        return self._orders[epoch]
-
-    def _indices(self, xp):
-        """Indices of the coming batch in the stream of passes over the images."""
-        size = len(self.images)
-        start = self.iteration * self.batchsize
-        epoch, start = divmod(start, size)
-        indices = self._order(xp, epoch)[start : start + self.batchsize]
-        missing = self.batchsize - len(indices)  # the batch is no larger than the set
-        if missing:
-            indices = xp.concatenate((indices, self._order(xp, epoch + 1)[:missing]))
-        return indices

@@ -1,6 +1,9 @@
 """What the tests share: a small data set, and runs through the real command line."""
 
+import json
 import os
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +13,11 @@ import resnet.compat  # noqa: F401 the shims come before Chainer
 # isort: split
 import chainer
 import emulation
+import h5py
 import numpy as np
 import pytest
 
-from resnet import cifar10, functions
+from resnet import cifar10, flags, functions, run_folder, stopping, training
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = [(name, "@numpy") for name in ("chainer", "onednn", "winograd", "cuda")]
@@ -78,3 +82,83 @@ def python(*words, cwd=ROOT, **environment):
         text=True,
         timeout=300,
     )
+
+
+def make_run(dataset, out, *words, n=1):
+    args = flags.add_schedule(flags.parser("")).parse_args(
+        ["--n", str(n), "-b", "16", "-e", "3", "--out", str(out), *words]
+    )
+    setting = training.Setting(args, dataset, "test", chainer.get_device("@numpy"), "chainer")
+    return training.whole_network("resnet", n, args.seed, setting)
+
+
+@pytest.fixture
+def finished(dataset, tmp_path, capsys):
+    run = make_run(dataset, tmp_path)
+    run.train()
+    return run
+
+
+def read_log(folder):
+    """The log without its times."""
+    log = json.loads((folder / "log").read_text())
+    for entry in log:
+        assert entry.pop("elapsed_time") > 0
+    return log
+
+
+def read_blocks(folder):
+    arrays = {}
+    with h5py.File(folder / "blocks.h5") as file:
+        file.visititems(
+            lambda name, item: arrays.update({name: item[()]}) if hasattr(item, "shape") else None
+        )
+    return arrays
+
+
+def stop_after(monkeypatch, iteration, number=signal.SIGTERM):
+    """Send this process a signal during the given iteration, and more while it stops."""
+    update, save = training.Updater.update, run_folder.Snapshots.save
+
+    def interrupted(updater):
+        update(updater)
+        if updater.iteration == iteration:
+            os.kill(os.getpid(), number)
+
+    def interrupted_again(snapshots, trainer):
+        if trainer.updater.iteration == iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return save(snapshots, trainer)
+
+    monkeypatch.setattr(training.Updater, "update", interrupted)
+    monkeypatch.setattr(run_folder.Snapshots, "save", interrupted_again)
+
+
+@pytest.fixture
+def handlers():
+    """Give the signals of a run that has left by ``sys.exit`` their handlers back."""
+    before = {n: signal.getsignal(n) for n in stopping.StopRequest.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def interrupted_run(dataset, out, monkeypatch, iteration=5):
+    """A run with a snapshot after every iteration, stopped after ``iteration``."""
+    run = make_run(dataset, out, "--snapshot-interval", "0")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit), run.setting.request:
+        stop_after(patch, iteration)
+        run.train()
+    return make_run(dataset, out, "--snapshot-interval", "0")
+
+
+def flips(path, count=200):
+    """The content of a file with one bit flipped, at ``count`` places of all of it."""
+    content = path.read_bytes()
+    rng = random.Random(len(content))
+    for _ in range(count):
+        place = rng.randrange(len(content))
+        changed = bytearray(content)
+        changed[place] ^= 1 << rng.randrange(8)
+        yield place, bytes(changed)

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from experiments.torch_network import TorchNetwork
 from resnet import cifar10, functions, network, schedule
+from resnet.batches import Batches, Images
 from resnet.functions import cuda
-from resnet.updater import Images, Updater
+from resnet.updater import Updater
 
 ITERATIONS = 100
 TWINS = 6  # runs of PyTorch that tell its spread
@@ -40,7 +41,7 @@ def make_updater(images, n, batchsize, device="@numpy", dtype=np.float32):
     mean = cifar10.mean_image(images.train_x).astype(dtype)  # decides the precision of batches
     images = Images(images.train_x, images.train_y, mean, chainer.get_device(device))
     plan = schedule.Schedule("constant 0.1", ITERATIONS, ())
-    return Updater(functions.momentum_sgd(net, 0.9, 1e-4), images, batchsize, plan)
+    return Updater(functions.momentum_sgd(net, 0.9, 1e-4), Batches(images, batchsize), plan)
 
 
 def train_twin(updater, iterations, perturbation=0.0):

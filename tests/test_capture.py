@@ -9,9 +9,10 @@ from chainer.serializers import DictionarySerializer, NpzDeserializer
 from conftest import layer
 
 from resnet import cifar10, extensions, functions, network, schedule
+from resnet.batches import Batches, Images
 from resnet.functions import cuda
 from resnet.parallel import ALONE, Processes
-from resnet.updater import Images, Updater
+from resnet.updater import Updater
 
 pytestmark = pytest.mark.skipif(
     emulation.COMPILER is None, reason="g++ is missing: it compiles the CUDA kernels for the CPU"
@@ -47,7 +48,7 @@ def make_updater(dataset, net=None, batchsize=16, recorded=True, warm_up=False, 
     mean = cifar10.mean_image(dataset.train_x)
     images = Images(dataset.train_x, dataset.train_y, mean, device)
     plan = schedule.Schedule("test", 20, (2, 6))
-    updater = Updater(optimizer, images, batchsize, plan, warm_up, 1, processes)
+    updater = Updater(optimizer, Batches(images, batchsize, 1), plan, warm_up, processes)
     assert bool(updater._recorded) == (processes is ALONE)
     if not recorded:
         updater._recorded = None
@@ -133,12 +134,11 @@ def test_a_run_in_float16_goes_on_from_a_snapshot_of_another_precision(gpu, data
 
 def test_other_augmentation_than_the_reports_is_not_recorded_but_obeyed(gpu, dataset):
     recorded = make_updater(dataset)
-    settings = recorded.optimizer, recorded.images, 16, recorded.schedule
-    updater = Updater(*settings, augment="none")
+    batches = Batches(recorded.batches.images, 16, augment="none")
+    updater = Updater(recorded.optimizer, batches, recorded.schedule)
     updater.update()
     assert updater._recorded is None and "augment" not in gpu.launched
-    updater.iteration = 0
-    np.testing.assert_array_equal(updater.batch()[0], updater.images.batch(updater._indices(np))[0])
+    np.testing.assert_array_equal(batches.batch(0)[0], batches.images.batch(batches.indices(0))[0])
 
 
 class Second(Processes):
@@ -246,7 +246,7 @@ def test_the_warm_up_is_not_recorded(gpu, dataset, monkeypatch):
 def make_evaluator(updater, dataset, monkeypatch, batchsize=2, processes=ALONE):
     monkeypatch.setattr(extensions, "EVALUATION_BATCH", batchsize)
     images = Images(
-        dataset.test_x, dataset.test_y, updater.images.mean, chainer.get_device("@numpy")
+        dataset.test_x, dataset.test_y, updater.batches.images.mean, chainer.get_device("@numpy")
     )
     return extensions.Evaluator(updater.optimizer.target, images, "test", processes)
 

@@ -15,11 +15,11 @@ from chainer import functions as F
 from chainer import links as L
 from conftest import layer
 
-from resnet import flags, functions, network, random
+from resnet import flags, functions, network
+from resnet.batches import Batches, Images
 from resnet.command import InputError
 from resnet.functions import cuda, cudnn
 from resnet.functions.reference import REFERENCE
-from resnet.updater import Images, Updater
 
 needs_compiler = pytest.mark.skipif(
     emulation.COMPILER is None, reason="g++ is missing: it compiles the CUDA kernels for the CPU"
@@ -134,19 +134,13 @@ def test_augmentation_is_that_of_the_cpu_bit_for_bit(gpu, dataset, iteration):
     device = chainer.get_device("@numpy")
     mean = dataset.train_x.mean(axis=0, dtype=np.float32) / 255
     images = Images(dataset.train_x, dataset.train_y, mean, device)
-    updater = Updater(None, images, 16, None, seed=3)
-    updater.iteration = iteration
-    x, t = updater.batch()
-    size = len(images)
-    first = iteration * 16 // size
-    orders = np.empty((2, size), np.int64)
-    for epoch in (first, first + 1):
-        orders[epoch % 2] = random.permutation(np, size, 3, random.SHUFFLE, epoch)
+    batches = Batches(images, 16, seed=3)
+    x, t = batches.batch(iteration)
     xp = cuda._xp()
     found_x, found_t = xp.empty((16, 32, 32, 3)), xp.empty(16, np.int32)
-    numbers = 16, size, 3, 32, 32, 4, np.int64(3), random.AUGMENT
+    numbers = 16, *images.x.shape, *batches.draws
     counter = np.full(1, iteration, np.int64)
-    images = images.x, images.y, images.mean, orders, counter
+    images = images.x, images.y, images.mean, batches.orders, counter
     cuda._launch("augment", 16 * 1024, *images, found_x, found_t, *numbers)
     np.testing.assert_array_equal(found_x, x.transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(found_t, t)

@@ -11,9 +11,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, python, read_blocks, read_log
 from PIL import Image
-from test_training import read_blocks, read_log
 
 from resnet import evaluate
 

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnet import export, extensions, functions, weights
+from resnet.batches import Images
 from resnet.command import InputError
 from resnet.network import ARCHITECTURES, resnet
-from resnet.updater import Images
 
 MEAN = np.random.RandomState(5).rand(3, 32, 32).astype(np.float32)
 CLASSES = ("Wagen", "鳥", '"', "d", "e", "f", "g", "h", "i", "j")

@@ -3,11 +3,13 @@
 import os
 import sys
 import time
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 from conftest import python
 
-from resnet import cifar10, command, flags
+from resnet import cifar10, command, flags, schedule
 from resnet.command import USAGE, InputError
 
 FLAGS = flags.add_schedule(flags.parser(""))
@@ -74,7 +76,7 @@ def test_an_error_is_one_line_whatever_names_a_file_has():
 
 
 def test_a_thousand_seeds_are_planned_in_a_second(dataset, tmp_path):
-    from test_training import make_run
+    from conftest import make_run
 
     begin = time.monotonic()
     for seed in range(100):
@@ -87,3 +89,30 @@ def test_the_command_to_go_on_names_the_interpreter_that_runs():
     script = "from resnet import record; print(record.command_here())"
     shown = python("-c", script, PYTHONPATH=".")
     assert shown.stdout.startswith(f"{sys.executable} -c ")
+
+
+@pytest.mark.parametrize(
+    ("plan", "flag"),
+    [
+        (schedule.he2015(), "--schedule he2015"),
+        (schedule.he2015().shortened(4), "--schedule he2015 --shorten 4"),
+        (schedule.report100(50_000, 128), "--schedule report100"),
+        (schedule.epochs(7, (4, 5), 50_000, 128), "--epoch 7"),
+    ],
+)
+def test_a_schedule_is_told_in_flags(plan, flag):
+    sizes = {"training images": 50_000, "batchsize": 128}
+    other = {"schedule": {"iterations": 0}}
+    assert flags.spell("schedule", {**sizes, "schedule": asdict(plan)}, other) == flag
+
+
+@pytest.mark.parametrize("name", ["7", "gpu", "-2", "@cupy:9", "1.5"])
+def test_unknown_devices_are_refused(name):
+    with pytest.raises(InputError, match="--device: found") as error:
+        flags.find_device(name)
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["cpu", "-1", "@numpy"])
+def test_spellings_of_the_cpu(name):
+    assert flags.find_device(name).xp is np

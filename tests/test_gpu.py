@@ -6,8 +6,9 @@ import pytest
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
 from resnet import cifar10, extensions, functions, network, schedule
+from resnet.batches import Batches, Images
 from resnet.functions import cudnn
-from resnet.updater import Images, Updater
+from resnet.updater import Updater
 
 pytestmark = pytest.mark.gpu
 BATCHSIZE = 32
@@ -35,7 +36,8 @@ def make_updater(images, device="@cupy:0", recorded=True, n=1):
     mean = cifar10.mean_image(images.train_x)
     images = Images(images.train_x, images.train_y, mean, chainer.get_device(device))
     plan = schedule.Schedule("test", 10_000, (12,))
-    updater = Updater(functions.momentum_sgd(net, 0.9, 1e-4), images, BATCHSIZE, plan)
+    optimizer = functions.momentum_sgd(net, 0.9, 1e-4)
+    updater = Updater(optimizer, Batches(images, BATCHSIZE), plan)
     if not recorded:
         updater._recorded = None
     return updater

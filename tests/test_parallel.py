@@ -13,13 +13,13 @@ import chainer
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, python
-from test_training import read_log
+from conftest import ROOT, python, read_log
 
-from resnet import cifar10, files, functions, network, schedule, synthetic, training
+from resnet import cifar10, command, files, functions, network, schedule, synthetic, training
+from resnet.batches import Batches, Images
 from resnet.command import InputError
 from resnet.parallel import ALONE, Processes
-from resnet.updater import Images, Updater
+from resnet.updater import Updater
 
 FLAGS = ("--n", "1", "--data", "synthetic", "--subset", "192", "-b", "48", "-d", "cpu",
          "--backend", "chainer")  # fmt: skip
@@ -61,7 +61,7 @@ def stop_after_an_epoch(process):
             break
     process.send_signal(signal.SIGUSR1)
     out, error = process.communicate(timeout=60)
-    assert process.returncode == training.UNFINISHED, error
+    assert process.returncode == command.STOPPED, error
     return printed + out
 
 
@@ -95,7 +95,8 @@ def make_updater(size, batchsize, processes=ALONE, seed=0):
         network.resnet(1, seed), training.MOMENTUM, training.WEIGHT_DECAY
     )
     plan = schedule.epochs(2, (1, 1.5), size, batchsize)
-    return Updater(optimizer, images, batchsize, plan, seed=seed, processes=processes)
+    batches = Batches(images, batchsize, seed)
+    return Updater(optimizer, batches, plan, processes=processes)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])

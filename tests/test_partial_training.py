@@ -6,23 +6,23 @@ import chainer
 import numpy as np
 import pytest
 from chainer import functions as F
-from test_training import read_blocks
+from conftest import read_blocks
 
 from resnet import extensions, flags, partial_training, training, weights
 from resnet.blocks import AbsentBlock
 from resnet.command import InputError
 from resnet.network import BLOCKS, resnet
-from resnet.partial_training import PartialTraining, Stage
+from resnet.partial_training import PartialTraining
 
 
-def make(dataset, out, *words, order="top-down", n=1):
+def make(dataset, out, *words, order="top-down", n=1, epoch=("-e", "3")):
     # --epoch 3: stages of 1.5, 1.5 and 3 epochs of 40 images, in batches of 16.
     p = flags.parser("")
     p.add_argument("--stage", type=int)
     p.add_argument("--scale", type=float, default=1.0)
     p.add_argument("--freeze", action="store_true")
     p.add_argument("--new-ends", action="store_true")
-    args = p.parse_args(["-b", "16", "-e", "3", "--out", str(out), *words])
+    args = p.parse_args(["-b", "16", *epoch, "--out", str(out), *words])
     setting = training.Setting(args, dataset, "test", chainer.get_device("@numpy"), "chainer")
     return PartialTraining(order, n, args.seed, setting)
 
@@ -78,14 +78,15 @@ def test_blocks_are_added_in_the_order_of_the_report(dataset, tmp_path):
         ("top-down", ("conv2",), ("conv2", "conv3")),
         ("bottom-up", ("conv4",), ("conv3", "conv4")),
     ):
-        stages = make(dataset, tmp_path, order=order).stages
-        built = [set(stage.present) for stage in stages]
+        whole = make(dataset, tmp_path, order=order)
+        stages = whole.stages
+        built = [set(whole.present(number)) for number in (1, 2, 3)]
         assert built == [set(first), set(second), set(BLOCKS)]
         assert stages[0].build().groups == ("conv1", *first, "fc")
 
 
 def test_schedule_is_the_reports_and_can_be_shortened(dataset, tmp_path):
-    args = make(dataset, tmp_path).args
+    args = make(dataset, tmp_path).setting.args
     args.epoch = None
     plans = [partial_training.stage_schedule(k, args, 16) for k in (1, 2, 3)]
     assert [(plan.iterations, plan.drops) for plan in plans] == [
@@ -97,27 +98,26 @@ def test_schedule_is_the_reports_and_can_be_shortened(dataset, tmp_path):
 
 
 def test_a_shortened_schedule_has_shorter_stages(dataset, tmp_path):
-    whole = make(dataset, tmp_path)
-    whole.args.epoch, whole.args.shorten = None, 4
-    plans = [stage.choose_schedule() for stage in whole.stages]
+    whole = make(dataset, tmp_path, "--shorten", "4", epoch=())
+    plans = [stage.schedule for stage in whole.stages]
     # 12.5, 12.5 and 25 epochs of 40 images in batches of 16, the rate divided at 10 and 20.
     assert [(plan.name, plan.iterations, plan.drops) for plan in plans] == [
         ("stage 1 / 4", 32, (25,)), ("stage 2 / 4", 32, (25,)), ("stage 3 / 4", 63, (25, 50)),
     ]  # fmt: skip
-    together = whole.choose_schedule()
+    together = whole.schedule
     assert (together.name, together.iterations) == ("partial / 4", 127)
     assert together.drops == (25, 57, 89, 114)
 
 
 def test_a_stage_begins_with_what_the_one_before_saved(finished):
-    for before, stage in zip(finished.stages, finished.stages[1:], strict=False):
+    for number, before, stage in zip((2, 3), finished.stages, finished.stages[1:], strict=False):
         network = stage.build()
         found = arrays(network, before.build().groups)
         saved = read_blocks(before.folder)
         assert len(found) > 10
         for name, value in found.items():
             np.testing.assert_array_equal(value, saved[name.lstrip("/")], err_msg=name)
-        *_, new = stage.present
+        *_, new = finished.present(number)
         fresh = arrays(resnet(1, finished.seed), [new])
         for name, value in arrays(network, [new]).items():
             np.testing.assert_array_equal(value, fresh[name], err_msg=name)
@@ -149,8 +149,7 @@ def test_damaged_logs_of_a_complete_training_are_written_again(finished, capsys,
 
 def test_distances_of_the_present_blocks_are_logged(finished):
     log = json.loads((finished.folder / "log").read_text())
-    *_, new = finished.stages[1].present
-    (first,) = finished.stages[0].present
+    first, new = finished.present(2)
     assert f"{first}/distance" in log[0] and f"{new}/distance" not in log[0]
     assert 0 < log[0][f"{first}/distance"] < log[1][f"{first}/distance"]
     end = finished.stages[2]
@@ -195,9 +194,9 @@ def test_a_scaled_block_begins_as_a_perturbation_of_the_identity(dataset, tmp_pa
     x = chainer.Variable(np.random.RandomState(3).rand(4, 16, 32, 32).astype("f"))
     sizes = {}
     for factor in ("0", "0.01", "0.1"):
-        stage = make(dataset, tmp_path, "--scale", factor, order="bottom-up").stages[1]
-        stage.whole.stages[0] = make(dataset, tmp_path, order="bottom-up").stages[0]
-        module = stage.build().conv3[0]
+        whole = make(dataset, tmp_path, "--scale", factor, order="bottom-up")
+        whole.stages[0] = make(dataset, tmp_path, order="bottom-up").stages[0]
+        module = whole.stages[1].build().conv3[0]
         identity = F.relu(training.functions.option_a(x, 32, 2))
         sizes[factor] = float(abs(module(x).array - identity.array).max())
     assert sizes["0"] == 0
@@ -233,7 +232,7 @@ def test_a_snapshot_needs_its_stage(dataset, tmp_path):
 def test_other_choices_are_other_runs_beside_each_other(dataset, finished, tmp_path):
     scaled = make(dataset, tmp_path, "--scale", "0.5", "--stage", "1", order=finished.order)
     scaled.train()
-    assert scaled.folder.name == f"{finished.name}-8-scale0.5-seed0"
+    assert scaled.folder.name == f"{finished.identity['architecture']}-8-scale0.5-seed0"
     chosen = make(dataset, tmp_path, "--shorten", "2", "--freeze", "--new-ends")
     assert chosen.folder.name == "top_down-8-shorten2-freeze-new-ends-seed0"
     # And whoever gives the folder another name is told.
@@ -266,4 +265,4 @@ def test_distance_of_unmoved_weights_is_zero(dataset):
 
 
 def test_every_stage_is_a_run_like_any_other(finished):
-    assert all(isinstance(stage, Stage) and stage.is_complete() for stage in finished.stages)
+    assert all(isinstance(stage, training.Run) and stage.is_complete() for stage in finished.stages)

@@ -6,9 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import python
+from conftest import make_run, python
 from PIL import Image
-from test_training import make_run
 
 from resnet import evaluate, pretrained, record
 from resnet.command import InputError

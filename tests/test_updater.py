@@ -1,4 +1,4 @@
-"""The training step: stream of batches, rate, statistics, resume."""
+"""The training step: epochs, rate, statistics, resume."""
 
 import chainer
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 from chainer.serializers import DictionarySerializer, NpzDeserializer
 
 from resnet import cifar10, functions, network, schedule
-from resnet.updater import Images, Updater
+from resnet.batches import Batches, Images
+from resnet.updater import Updater
 
 
 def make_updater(dataset, batchsize=16, plan=None, warm_up=False, seed=0):
@@ -15,32 +16,7 @@ def make_updater(dataset, batchsize=16, plan=None, warm_up=False, seed=0):
     mean = cifar10.mean_image(dataset.train_x)
     images = Images(dataset.train_x, dataset.train_y, mean, device)
     plan = plan or schedule.Schedule("test", 20, (2, 4))
-    return Updater(optimizer, images, batchsize, plan, warm_up, seed)
-
-
-def indices_of(updater, count):
-    stream = []
-    for updater.iteration in range(count):
-        stream += updater._indices(np).tolist()
-    return stream
-
-
-def test_stream_passes_over_every_image_once_before_the_next_pass(dataset):
-    stream = indices_of(make_updater(dataset), 10)  # 160 places: four passes over 40 images
-    passes = np.array(stream).reshape(4, 40)
-    assert (np.sort(passes, axis=1) == np.arange(40)).all()
-    assert len({tuple(order) for order in passes.tolist()}) == 4
-
-
-def test_stream_can_be_entered_anywhere(dataset):
-    stream = indices_of(make_updater(dataset), 10)
-    updater = make_updater(dataset)
-    updater.iteration = 7
-    assert updater._indices(np).tolist() == stream[7 * 16 : 8 * 16]
-
-
-def test_seeds_shuffle_differently(dataset):
-    assert indices_of(make_updater(dataset), 2) != indices_of(make_updater(dataset, seed=1), 2)
+    return Updater(optimizer, Batches(images, batchsize, seed), plan, warm_up)
 
 
 def test_epochs_count_images_and_a_batch_may_span_two(dataset):
@@ -51,15 +27,6 @@ def test_epochs_count_images_and_a_batch_may_span_two(dataset):
     new = [iteration for iteration, (_, is_new) in enumerate(seen) if is_new]
     assert new == [3, 5]  # 40 and 80 images are passed during the third and fifth batch
     assert [epoch for epoch, _ in seen] == [0, 0, 0, 1, 1, 2, 2, 2]
-
-
-def test_a_batch_has_the_mean_subtracted_and_is_in_units_of_one(dataset):
-    updater = make_updater(dataset, batchsize=40)
-    x, t = updater.images.batch(np.arange(40))
-    assert x.dtype == np.float32 and t.dtype == np.int32
-    np.testing.assert_allclose(x.mean(axis=0), 0, atol=1e-6)
-    expected = dataset.train_x[3] / 255.0 - dataset.train_x.mean(axis=0) / 255.0
-    np.testing.assert_allclose(x[3], expected, atol=1e-6)
 
 
 def test_rate_is_that_of_this_iteration(dataset):

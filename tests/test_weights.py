@@ -8,8 +8,7 @@ import chainer
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT
-from test_training import flips
+from conftest import ROOT, flips
 
 from resnet import files, network, weights
 from resnet.command import InputError

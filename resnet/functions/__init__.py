@@ -163,12 +163,12 @@ def momentum_sgd(network, momentum: float, weight_decay: float):
     return _backend.momentum_sgd(network, momentum, weight_decay)
 
 
-def recorded_step(optimizer, images, **settings):
+def recorded_step(optimizer, batches, loss, correct):
     """A training step that is recorded once and replayed, where the backend has one, else None.
 
     See ``capture.Step`` for the arguments and for how it is called.
     """
-    return _backend.recorded_step(optimizer, images, **settings)
+    return _backend.recorded_step(optimizer, batches, loss, correct)
 
 
 def recorded_evaluation(network, images, batchsize: int):

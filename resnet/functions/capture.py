@@ -100,50 +100,24 @@ class Step:
     Args:
         backend: Computes the step.
         optimizer: From ``functions.momentum_sgd``, of the CUDA backend.
-        images: ``updater.Images`` on the GPU.
-        batchsize: Images per step.
-        seed: Seed of order and augmentation.
-        order: The random order of a pass over the images, int64 (size,).
-        padding, purpose: ``augmentation.PADDING`` and ``random.AUGMENT``.
+        batches: ``batches.Batches`` of images on the GPU, with the report's augmentation.
         loss, correct: float64 and int64 () on the GPU; each step adds its own.
     """
 
-    def __init__(
-        self,
-        backend: cuda.Cuda,
-        optimizer,
-        images,
-        batchsize: int,
-        seed: int,
-        order: Callable,
-        padding: int,
-        purpose: int,
-        loss,
-        correct,
-    ) -> None:
+    def __init__(self, backend: cuda.Cuda, optimizer, batches, loss, correct) -> None:
         xp = cuda._xp()
-        self.backend = backend
-        self.optimizer, self.images, self.order = optimizer, images, order
-        self.batchsize, self.seed = batchsize, seed
-        self.padding, self.purpose = padding, purpose
+        self.backend, self.optimizer, self.batches = backend, optimizer, batches
         self.loss, self.correct = loss, correct
-        _, channels, height, width = images.x.shape
-        self.x = xp.empty((batchsize, height, width, channels), np.float32)
-        self.t = xp.empty((batchsize,), np.int32)
-        self.orders = xp.zeros((2, len(images)), np.int64)
+        _, channels, height, width = batches.images.x.shape
+        self.x = xp.empty((batches.size, height, width, channels), np.float32)
+        self.t = xp.empty((batches.size,), np.int32)
         self.counter = xp.zeros(1, np.int64)
-        self._passes = [-1, -1]  # whose orders are in the rows of orders
         self._next = -1  # the iteration that the counter holds
         self.captured = Captured(self._compute, self._signature)
 
     def __call__(self, iteration: int) -> None:
         """Train on the batch of ``iteration`` at the optimizer's rate."""
-        size = len(self.images)
-        first = iteration * self.batchsize
-        for epoch in (first // size, (first + self.batchsize - 1) // size):
-            if self._passes[epoch % 2] != epoch:
-                self.orders[epoch % 2] = self.order(epoch)
-                self._passes[epoch % 2] = epoch
+        self.batches.prepare(iteration)
         if self._next != iteration:
             self.counter.fill(iteration)
         self._next = iteration + 1
@@ -153,12 +127,11 @@ class Step:
         self.optimizer.t = t + 1  # a replay does not count, a failed recording counts twice
 
     def _compute(self) -> None:
-        images, network = self.images, self.optimizer.target
-        size, channels, height, width = images.x.shape
-        arrays = images.x, images.y, images.mean, self.orders, self.counter, self.x, self.t
-        shape = self.batchsize, size, channels, height, width, self.padding
-        numbers = *shape, np.int64(self.seed), self.purpose
-        cuda._launch("augment", self.batchsize * height * width, *arrays, *numbers)
+        batches, images, network = self.batches, self.batches.images, self.optimizer.target
+        _, _, height, width = images.x.shape
+        arrays = images.x, images.y, images.mean, batches.orders, self.counter, self.x, self.t
+        numbers = batches.size, *images.x.shape, *batches.draws
+        cuda._launch("augment", batches.size * height * width, *arrays, *numbers)
         y = network(cuda._images(self.x))
         loss = self.backend.softmax_cross_entropy(y, self.t)
         network.cleargrads()
@@ -180,7 +153,7 @@ class Evaluation:
     Args:
         backend: Computes it.
         network: On the GPU.
-        images: ``updater.Images`` on the GPU.
+        images: ``batches.Images`` on the GPU.
         batchsize: Images at once; it divides the set.
     """
 

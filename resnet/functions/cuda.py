@@ -167,12 +167,12 @@ class Cuda(Fused):
             return REFERENCE.momentum_sgd(network, momentum, weight_decay)
         return _FlatMomentumSGD(momentum, weight_decay, self.dtype).setup(network)
 
-    def recorded_step(self, optimizer, images, **settings):
+    def recorded_step(self, optimizer, batches, loss, correct):
         from resnet.functions import capture
 
         if not isinstance(optimizer, FlatMomentumSGD):
             return None
-        return capture.Step(self, optimizer, images, **settings)
+        return capture.Step(self, optimizer, batches, loss, correct)
 
     def recorded_evaluation(self, network, images, batchsize: int):
         from resnet.functions import capture

@@ -550,13 +550,13 @@ __device__ inline unsigned long long mix(unsigned long long bits, unsigned long 
     return h ^ (h >> 31);
 }
 
-// A pixel in 0..1 without its mean, bit for bit as resnet.updater.Images has it.
+// A pixel in 0..1 without its mean, bit for bit as resnet.batches.Images has it.
 __device__ inline float centred(float pixel, float mean) {
     return __fsub_rn(__fmul_rn(pixel, 1.f / 255), mean);  // no fused multiply-add
 }
 
 // The batch of `iteration`, augmented: x (batchsize, height, width, channels) and labels t, bit for
-// bit as resnet.augmentation and resnet.updater have it. images are uint8 (size, channels, height,
+// bit as resnet.batches.Batches has it. images are uint8 (size, channels, height,
 // width); orders (2, size) are the random orders of the passes over the images, that of pass e in
 // row e % 2; `purpose` is resnet.random.AUGMENT.
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -58,7 +58,7 @@ class Reference:
         optimizer.add_hook(WeightDecay(weight_decay))
         return optimizer
 
-    def recorded_step(self, optimizer, images, **settings):
+    def recorded_step(self, optimizer, batches, loss, correct):
         return None
 
     def recorded_evaluation(self, network, images, batchsize: int):

@@ -44,10 +44,10 @@ from plots import logs
 from resnet import (
     cifar10,
     evaluate,
-    extensions,
     files,
     flags,
     record,
+    stopping,
     synthetic,
     training,
     weights,
@@ -124,13 +124,13 @@ def make_run(experiment, out):
     args = parser.parse_args([*words, "--warmup", "off"])
     args.stage, args.scale, args.freeze, args.new_ends = None, 1.0, False, False
     setting = training.Setting(args, tiny(), "test", chainer.get_device("@numpy"), "chainer")
-    kind = training.Run if experiment in EXPERIMENTS[:3] else PartialTraining
+    kind = training.whole_network if experiment in EXPERIMENTS[:3] else PartialTraining
     return kind(experiment, 1, 0, setting)
 
 
 def train(experiment, out):
     run = make_run(experiment, out)
-    with run.request:
+    with run.setting.request:
         run.train()
 
 
@@ -195,7 +195,7 @@ def number_of_changes(experiment, out):
     return int(said.removeprefix("error: "))
 
 
-SIGNALS = (signal.SIGKILL, *extensions.StopRequest.SIGNALS)
+SIGNALS = (signal.SIGKILL, *stopping.StopRequest.SIGNALS)
 
 
 def went_on(area, experiment, out, expected, what):

@@ -1,0 +1,292 @@
+"""What a run keeps in its folder: the right to write there, args.json, log, snapshots, blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from chainer import training
+from chainer.serializers import DictionarySerializer, NpzDeserializer
+
+from resnet import arrays, files, flags, weights
+from resnet.arrays import Kind
+from resnet.command import InputError
+from resnet.parallel import Processes
+
+
+@contextlib.contextmanager
+def only_writers(folder: Path, processes: Processes) -> Iterator[None]:
+    """Create ``folder`` and have the right to write into it, as ``files.only_writer`` says.
+
+    Raises:
+        InputError: Another process has it, or the folder cannot be written to.
+    """
+    if processes.rank > 0:
+        processes.wait()
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # First the lock: who writes here already is what a second one has to be told.
+            held.enter_context(files.only_writer(folder))
+            with files.whole(folder / "writable") as temporary:  # before hours are spent
+                temporary.write_bytes(bytes(4096))
+            (folder / "writable").unlink()
+        except OSError as error:
+            raise InputError(
+                f"--out: cannot write to {folder} ({error.strerror}); legal: a writable folder"
+            ) from None
+        processes.wait()
+        yield
+
+
+def read_starts(folder: Path, identity: dict) -> list[dict]:
+    """Read what args.json says of the processes that worked in ``folder`` before this one.
+
+    Raises:
+        InputError: It is damaged, or the folder is of another run.
+    """
+    path = folder / "args.json"
+    try:
+        content = files.read_json(path)
+        found, starts = dict(content["run"]), list(map(dict, content["starts"]))
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path}: not the record of a run; remove it or choose another --out"
+        ) from None
+    refuse_other_run(str(folder), found, identity)
+    return starts
+
+
+def write_record(folder: Path, identity: dict, starts: list[dict]) -> None:
+    """Write args.json: what the run is, and which processes have worked on it."""
+    files.write_json(folder / "args.json", {"run": identity, "starts": starts})
+
+
+def saved_blocks(folder: Path) -> weights.Description | None:
+    """Read what the blocks.h5 of a run folder holds; None where it is missing, or damaged."""
+    path = folder / "blocks.h5"
+    try:
+        return weights.describe(path) if path.exists() else None
+    except InputError as error:
+        print(f"warning: {error}; it will be written again", file=sys.stderr)
+        return None
+
+
+def refuse_other_run(where: str, found: dict, wanted: dict) -> None:
+    """Raise ``InputError`` naming the flags of the first thing in which two runs differ."""
+    for key in {**wanted, **found}:
+        if found.get(key) != wanted.get(key):
+            raise InputError(
+                f"{where}: holds {flags.spell(key, found, wanted)}, asked for is "
+                f"{flags.spell(key, wanted, found)}; give that run's flags, or another --out"
+            )
+
+
+def write_log(path: Path, entries: list[dict]) -> None:
+    """Write a log as Chainer's ``LogReport`` does."""
+    with files.whole(path) as temporary:
+        temporary.write_text(json.dumps(entries, indent=4))
+
+
+def check_log(entries: object, evaluation: str, iterations: int | None = None) -> None:
+    """Raise ``ValueError`` where ``entries`` are not a log as training writes it.
+
+    Args:
+        entries: What was read.
+        evaluation: ``test`` or ``validation``.
+        iterations: Where it has to end; anywhere by default.
+    """
+    keys = ("epoch", "iteration", "elapsed_time", "lr", "main/loss", "main/accuracy",
+            f"{evaluation}/main/loss", f"{evaluation}/main/accuracy")  # fmt: skip
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("not a list of epochs")
+    for key in keys:
+        for value in (entry.get(key) for entry in entries):
+            loss = key.endswith("loss") and type(value) is float  # may have diverged
+            if not loss and not (type(value) in (int, float) and 0 <= value <= 1e15):
+                raise ValueError(f"an epoch without a possible {key}")
+    ends = entries[-1]["iteration"] if entries else 0
+    if iterations is not None and ends != iterations:
+        raise ValueError(f"ends at iteration {ends}, legal: {iterations}")
+
+
+class Snapshots(training.Extension):
+    """Keeps the whole state of a training run in files ``snapshot_iter_N.npz``.
+
+    Behind each stands a digest, by which bits that rot are noticed. A file without one, of an
+    older version, is read if all else about it is right.
+
+    Args:
+        folder: Where the files lie.
+        identity: What the run trains; a snapshot of something else is refused.
+        interval: Seconds between two snapshots.
+        keep: How many of the newest files are kept.
+    """
+
+    priority = -100  # after the log, so that a snapshot holds the line of its own epoch
+
+    def __init__(self, folder: Path, identity: dict, interval: float, keep: int = 2) -> None:
+        self.folder = folder
+        self.identity = identity
+        self.interval = interval
+        self.keep = keep
+        self._last = time.monotonic()
+
+    def age(self) -> float:
+        """Tell the seconds since the newest snapshot, or since training began."""
+        return time.monotonic() - self._last
+
+    def __call__(self, trainer) -> None:
+        first = trainer.updater.processes.rank == 0  # decides for all
+        due = first and self.age() >= self.interval
+        if trainer.updater.processes.any(due):
+            self.save(trainer)
+
+    def save(self, trainer) -> Path:
+        """Write a snapshot and remove the oldest ones beyond ``keep``.
+
+        All processes that train together call this; the first one writes.
+        """
+        updater = trainer.updater
+        updater.prepare_saving()
+        path = self.folder / f"snapshot_iter_{updater.iteration}.npz"
+        if updater.processes.rank > 0:
+            return path
+        serializer = DictionarySerializer()
+        serializer.save(trainer)
+        content = io.BytesIO()
+        np.savez(content, identity=json.dumps(self.identity), sealed=True, **serializer.target)
+        with files.whole(path) as temporary:
+            temporary.write_bytes(files.seal(content.getvalue()))
+        # Newer ones are damaged, or another --resume was asked for: they take nobody's place.
+        older = [each for each in self.files() if _iteration(each) <= updater.iteration]
+        for old in older[self.keep :]:
+            old.unlink(missing_ok=True)
+        self._last = time.monotonic()
+        return path
+
+    def files(self) -> list[Path]:
+        """List the snapshots in the folder, newest first."""
+        found = self.folder.glob("snapshot_iter_*.npz")
+        return sorted(found, key=_iteration, reverse=True)
+
+    def resume_newest(self, trainer) -> Path | None:
+        """Go on from the newest snapshot that is intact; name each damaged one on stderr."""
+        paths = self.files()
+        for path, before in itertools.zip_longest(paths, paths[1:]):
+            try:
+                state = self._read(path, trainer)
+            except ValueError as error:
+                then = "trying the one before" if before else "beginning anew, as there is no other"
+                print(f"warning: {path} is damaged ({error}); {then}", file=sys.stderr)
+                continue
+            NpzDeserializer(state).load(trainer)
+            return path
+        return None
+
+    def resume(self, path: Path, trainer) -> None:
+        """Go on from the snapshot ``path``.
+
+        Raises:
+            InputError: It is missing, damaged, no snapshot, or of another run.
+        """
+        legal = "legal: a snapshot_iter_N.npz"
+        if not path.is_file():
+            raise InputError(f"--resume {path}: no such file; {legal}")
+        try:
+            state = self._read(path, trainer)
+        except ValueError as error:
+            raise InputError(
+                f"--resume {path}: not a readable snapshot ({error}); {legal}"
+            ) from None
+        NpzDeserializer(state).load(trainer)
+
+    def read_log(self, evaluation: str, iterations: int) -> tuple[list[dict], Path] | None:
+        """Find a log that ends at ``iterations``, and the snapshot it is in; None without one."""
+        for path in self.files():
+            with contextlib.suppress(ValueError), files.parsing():
+                content = self._parse(path)
+                entries = json.loads(str(content[LOG]))
+                check_log(entries, evaluation, iterations)
+                return entries, path
+        return None
+
+    def _parse(self, path: Path) -> dict[str, np.ndarray]:
+        """The arrays of a snapshot, as they were saved, of a run like this one.
+
+        Raises:
+            InputError: It is of another run, or no snapshot.
+            ValueError: It is damaged.
+        """
+        with files.parsing():
+            content, sealed = files.read_sealed(path)
+            state = arrays.read_npz(content)
+            if bool(state.pop("sealed", False)) != sealed:
+                raise ValueError("changed since it was saved: its sha256 is missing")
+            identity = json.loads(str(state.pop("identity", "null")))
+            found = None if identity is None else dict(identity)
+        if found is None:
+            raise InputError(
+                f"{path}: holds weights but not the state of a training run; "
+                "legal: a snapshot_iter_N.npz"
+            )
+        refuse_other_run(str(path), found, self.identity)
+        return state
+
+    def _read(self, path: Path, trainer) -> dict[str, np.ndarray]:
+        """As ``_parse``; fits ``trainer``, of which nothing is changed before all is checked."""
+        state = self._parse(path)
+        with files.parsing():
+            expected = _expected(trainer.updater)
+            found = {name: Kind.of(array) for name, array in state.items()}
+            rest = {name for name in found if name.startswith(("extension", "_snapshot"))}
+            arrays.compare({name: found[name] for name in found.keys() - rest}, expected)
+            for name in sorted(rest | ALWAYS.keys()):  # of which a process may take but a part
+                number = found.get(name) if found.get(name) in NUMBERS else NUMBERS[0]
+                arrays.compare({name: found.get(name)}, {name: ALWAYS.get(name, number)})
+            arrays.check_values(state)
+            iteration, end = state["updater/iteration"], trainer.updater.schedule.iterations
+            if iteration > end:
+                raise ValueError(f"updater/iteration: found {iteration}, legal: up to {end}")
+            [float(error) for error in str(state["updater/warm_up/errors"]).split(",") if error]
+            if not isinstance(json.loads(str(state[LOG])), list):
+                raise ValueError(f"{LOG}: not a list")
+            if not all(isinstance(each, str) for each in json.loads(str(state[NAMES]))):
+                raise ValueError(f"{NAMES}: not a list of names")
+        return state
+
+
+LOG, NAMES = "extensions/LogReport/_log", "extensions/LogReport/_summary/_names"
+ALWAYS = {  # beside the updater's: what every snapshot holds
+    LOG: Kind("text", ()),
+    NAMES: Kind("text", ()),
+    "_snapshot_elapsed_time": Kind("float64", ()),
+}
+NUMBERS = (Kind("float64", ()), Kind("int64", ()))  # what else of extensions may stand in one
+
+
+def _iteration(snapshot: Path) -> int:
+    number = snapshot.stem.removeprefix("snapshot_iter_")
+    return int(number) if number.isdecimal() else -1
+
+
+def _expected(updater) -> dict[str, Kind]:
+    """What a snapshot holds of an updater that has not trained yet."""
+    serializer = DictionarySerializer()
+    updater.serialize(serializer["updater"])
+    expected = {name: Kind.of(array) for name, array in serializer.target.items()}
+    for name, parameter in updater.optimizer.target.namedparams():
+        if parameter.update_rule.enabled:  # has a velocity from its first update on
+            expected[f"updater/optimizer{name}/v"] = Kind.of(parameter)
+    return expected
