@@ -97,6 +97,7 @@ def add(run: Path, name: str) -> Path:
     try:
         with files.parsing():  # whether log and args.json hold what a card says
             card(run)
+            files.check_digest(run)
     except ValueError as error:
         raise InputError(f"{run}: its log or args.json is damaged ({error})") from None
     target = folder() / name

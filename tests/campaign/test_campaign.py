@@ -368,24 +368,30 @@ def test_damaged_images(kind, tmp_path):
     read_damaged(area, read, mutants(area, content.getvalue(), 200), None)
 
 
+@pytest.mark.parametrize("digest", [True, False], ids=["digest", "none"])
 @pytest.mark.parametrize("name", ["log", "args.json"])
-def test_damaged_logs_in_plots(name, whole, tmp_path):
+def test_damaged_logs_in_plots(name, digest, whole, tmp_path):
     _, folder = whole("resnet")
-    for each in ("log", "args.json"):
-        (tmp_path / each).write_bytes((folder / each).read_bytes())
-    content = (folder / name).read_bytes()
+    (tmp_path / "log").write_bytes((folder / "log").read_bytes())
+    arguments = json.loads((folder / "args.json").read_text())
+    if not digest:  # as of a run that is not complete
+        del arguments["sha256"]
+    (tmp_path / "args.json").write_text(json.dumps(arguments))
+    content = (tmp_path / name).read_bytes()
 
     def read(_, content):
         (tmp_path / name).write_bytes(content)
-        logs.read([tmp_path])
+        ((run,),) = (group.runs for group in logs.read([tmp_path]))
+        return run.entries, run.identity
 
-    area = f"{name} in plots"
-    read_damaged(area, read, mutants(area, content, change=damage_json), None)
+    area, expected = f"{name} in plots{'' if digest else ', no digest'}", read(0, content)
+    damaged = mutants(area, content, change=damage_json)
+    read_damaged(area, read, damaged, (lambda found: found == expected) if digest else None)
 
 
 @pytest.mark.parametrize("name", ["log", "args.json"])
 def test_a_damaged_log_beside_whole_blocks(name, whole, tmp_path):
-    """The log is made again where it cannot be read; what it says has no digest."""
+    """The log is made again where its digest differs, or args.json is refused."""
     _, folder = whole("resnet")
     area = f"{name} of a complete run"
     own = tmp_path / folder.name
@@ -395,9 +401,11 @@ def test_a_damaged_log_beside_whole_blocks(name, whole, tmp_path):
     def read(_, content):
         (own / name).write_bytes(content)
         run.train()
+        return (own / "log").read_bytes()
 
-    content = (folder / name).read_bytes()
-    read_damaged(area, read, mutants(area, content, 300, damage_json), None)
+    content, log = (folder / name).read_bytes(), (folder / "log").read_bytes()
+    damaged = mutants(area, content, 300, damage_json)
+    read_damaged(area, read, damaged, lambda found: found == log)
 
 
 # Flags
