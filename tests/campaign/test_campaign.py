@@ -22,6 +22,7 @@ from pathlib import Path
 import chainer
 import h5py
 import harness
+import matplotlib.pyplot  # noqa: F401 once, and not in each child
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -421,6 +422,10 @@ COMMANDS = {
     "plots/tables.py": ["RUNS"],
     "plots/figures.py": ["RUNS"],
     "plots/report.py": ["RUNS"],
+    "plots/claims.py": ["RUNS"],
+    "plots/collect.py": ["--check", "--measured", "FOLDER"],
+    "resnet.export": ["BLOCKS", "--data", "synthetic", "--h5", "blocks.h5"],
+    "resnet.pretrained": ["nowhere"],
 }
 HOSTILE = (
     "", "--", "-", "-1", "0", "1", "9" * 30, "9" * 5000, "1e308", "-1e308", "nan", "inf", "1e-320",
