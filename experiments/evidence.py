@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from resnet import command, files, record, run_folder
 from resnet.command import STOPPED, InputError
-from resnet.network import layers
+from resnet.network import depth
 from resnet.stopping import StopRequest
 
 SCRIPTS = {
@@ -59,7 +59,7 @@ class Training:
     def name(self) -> str:
         """Name of its run folder."""
         shorten = {"shorten": self.shorten} if self.shorten > 1 else {}
-        return files.run_name(f"{self.net}-{layers(self.n)}", self.seed, shorten | self.choices)
+        return files.run_name(f"{self.net}-{depth(self.n)}", self.seed, shorten | self.choices)
 
     @property
     def words(self) -> list[str]:

@@ -27,7 +27,6 @@ PASSES = {  # function of resnet.functions.kernels -> what it is
     "convolve_backward_by_tiles": "Winograd's convolutions, both gradients",
     "convolve": "direct convolutions, forward",
     "convolve_backward": "direct convolutions, both gradients",
-    "filters_to_points": "filters to the points",
     "filters_from_points": "filters' gradients from the points",
     "output_gradient": "gradient before the last ReLU of a block",
     "finish": "last normalization and ReLU of a block",

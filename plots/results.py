@@ -120,6 +120,20 @@ def _fig9(groups: list[Group]) -> Table:
     return Table("Fig. 9: three architectures", _note(groups, SOURCES), head, rows)
 
 
+def _beyond(groups: list[Group]) -> Table:
+    """Architectures that the report has not, each beside the one it is compared with."""
+    labels = {group.architecture: group.label for group in groups}
+    new = {group.architecture: group.beside for group in groups if group.beside}
+    names = dict.fromkeys((*new.values(), *new))
+    rows = [
+        [Cell(str(layers)), *(measured(groups, name, layers) for name in names)]
+        for layers in sorted({group.layers for group in groups if group.architecture in new})
+    ]
+    columns = [labels.get(name) or NAMES.get(name, name) for name in names]
+    head = ["Layers", *(f"{column}: ours, {_images(groups)}" for column in columns)]
+    return Table("Not in the report", _note(groups, " after the last epoch"), head, rows)
+
+
 def _partial(groups: list[Group]) -> Table:
     rows = []
     for name, order in PARTIAL.items():
@@ -180,6 +194,13 @@ def build(groups: Sequence[Group]) -> list[Table]:
         parts = [part for part in parts if any(map(is_measured, part))] or parts[:1]
         tables += map(table, parts)
         shown += itertools.chain(*parts)
+    new = {(group.architecture, group.layers): group.beside for group in groups if group.beside}
+    nets = {*new, *((beside, layers) for (_, layers), beside in new.items())}
+    chosen = [group for group in groups if (group.architecture, group.layers) in nets]
+    for part in conditions.partition(chosen, WITHIN):
+        if any(group.beside for group in part):
+            tables.append(_beyond(part))
+            shown += part
     if others := [group for group in groups if group not in shown]:
         tables.append(_others(others))
     return [*tables, _best(groups)]

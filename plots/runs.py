@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-NAMES = {
+NAMES = {  # of what the report has trained; of others a run's record says it
     "plain": "Plain",
     "resnet": "ResNet",
     "resresnet": "ResResNet",
@@ -128,8 +128,23 @@ class Group:
         return 6 * self.conditions["n"] + 2 if self.architecture else None
 
     @property
+    def label(self) -> str | None:
+        """What tables and plots call the architecture; None for a plain log."""
+        return NAMES.get(self.architecture) or self._recorded("label", self.architecture)
+
+    @property
+    def beside(self) -> str | None:
+        """The architecture whose numbers are set beside those of one that the report has not."""
+        return None if self.architecture in NAMES else self._recorded("beside", None)
+
+    def _recorded(self, key: str, default: str | None) -> str | None:
+        """What the last start of the first run says."""
+        found = self.runs[0].starts[-1].get(key) if self.runs[0].starts else None
+        return found if isinstance(found, str) else default
+
+    @property
     def name(self) -> str:
         """Architecture and depth, or where the plain log lies."""
         if self.architecture:
-            return f"{NAMES.get(self.architecture, self.architecture)}-{self.layers}"
+            return f"{self.label}-{self.layers}"
         return "/".join(self.runs[0].path.parts[-2:])

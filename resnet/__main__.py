@@ -14,8 +14,8 @@ from resnet import command
 from resnet.command import USAGE
 
 COMMANDS = {
-    "experiments": ("plain", "resnet", "resresnet", "partial_training", "evidence", "speed",
-                    "plans"),
+    "experiments": ("plain", "resnet", "resresnet", "highway", "partial_training", "evidence",
+                    "speed", "plans"),
     "plots": ("curves", "tables", "figures", "report", "claims"),
     "resnet": ("evaluate", "export", "pretrained", "cifar10", "compat"),
 }  # fmt: skip

@@ -25,12 +25,11 @@ from resnet import (
     flags,
     functions,
     pretrained,
-    training,
     weights,
 )
 from resnet.batches import Images
 from resnet.command import InputError, Parser
-from resnet.network import layers
+from resnet.network import ARCHITECTURES, depth
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
@@ -143,7 +142,7 @@ def main() -> None:
     device.use()
     network.to_device(device)
     print(
-        f"{path}: {training.NAMES[description.architecture]}, {layers(description.n)} "
+        f"{path}: {ARCHITECTURES[description.architecture].title}, {depth(description.n)} "
         f"layers, trained on {description.dataset}, seed {description.seed}, "
         f"epoch {description.epoch}"
     )

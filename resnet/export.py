@@ -31,7 +31,6 @@ from resnet import (
     files,
     functions,
     pretrained,
-    training,
     weights,
 )
 from resnet import network as networks
@@ -100,7 +99,7 @@ def to_onnx(network: Network, description: weights.Description, mean: np.ndarray
         model = onnx_chainer.export(
             _FromImages(network, mean),
             np.zeros((1, *weights.IMAGE), np.float32),
-            graph_name=f"{description.architecture}-{networks.layers(description.n)}",
+            graph_name=f"{description.architecture}-{networks.depth(description.n)}",
             opset_version=11,
             input_names=["images"],
             output_names=["logits"],
@@ -351,8 +350,8 @@ def main() -> None:
         path = pretrained.find(args.source)
         network, description = weights.restore(path)
         mean = weights.read_mean(path)
-    print(f"{path}: {training.NAMES[description.architecture]}, "
-          f"{networks.layers(description.n)} layers")  # fmt: skip
+    print(f"{path}: {networks.ARCHITECTURES[description.architecture].title}, "
+          f"{networks.depth(description.n)} layers")  # fmt: skip
     rng = np.random.RandomState(0)
     images = {"random images": rng.randint(256, size=(COUNT, *weights.IMAGE)).astype(np.uint8)}
     real = images_of(path, description, args.data)

@@ -8,7 +8,9 @@ from chainer import links as L
 from chainer.initializers import HeNormal
 
 from resnet import functions
-from resnet.functions import option_a, relu
+from resnet.functions import gated, option_a, relu
+
+GATE_BIAS = -2.0  # below 0: at first a Highway module hands on most of its input
 
 
 class Convolution(L.Convolution2D):
@@ -45,13 +47,13 @@ class Normalization(L.BatchNormalization):
         return functions.normalization(x, self)
 
 
-class PlainModule(chainer.Chain):
-    """Two convolutions, each followed by batch normalization and ReLU; no shortcut (Fig. 2a).
+class Module(chainer.Chain):
+    """What every unit that a block has several of looks like from outside.
 
     Args:
         channels_in: Channels of the input.
         channels: Channels of the output.
-        stride: Stride of the first convolution; 2 halves the image.
+        stride: 1, or 2, which halves the image.
         rng: Source of the initial weights.
     """
 
@@ -60,6 +62,19 @@ class PlainModule(chainer.Chain):
     ) -> None:
         super().__init__()
         self.channels, self.stride = channels, stride
+
+    def forward(self, x):
+        """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
+        raise NotImplementedError
+
+
+class PlainModule(Module):
+    """Two convolutions, each followed by batch normalization and ReLU; no shortcut (Fig. 2a)."""
+
+    def __init__(
+        self, channels_in: int, channels: int, stride: int, rng: np.random.RandomState
+    ) -> None:
+        super().__init__(channels_in, channels, stride, rng)
         with self.init_scope():
             self.conv1 = Convolution(channels_in, channels, stride, rng)
             self.bn1 = Normalization(channels)
@@ -67,12 +82,11 @@ class PlainModule(chainer.Chain):
             self.bn2 = Normalization(channels)
 
     def residual(self, x):
-        """F(x) of Fig. 2: (N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
+        """F(x) of Fig. 2b, of the shape of the output."""
         h = relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(h))
 
     def forward(self, x):
-        """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
         return relu(self.residual(x))
 
 
@@ -83,5 +97,25 @@ class ResidualModule(PlainModule):
     """
 
     def forward(self, x):
-        """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
         return relu(self.residual(x) + option_a(x, self.channels, self.stride))
+
+
+class HighwayModule(PlainModule):
+    """The same two layers compute H(x), and a gate T(x) how much of it is let through.
+
+    The output is H(x) T(x) + x (1 - T(x)); T is the sigmoid of a 3x3 convolution (Srivastava et
+    al., arXiv:1505.00387, eq. 3). The report's introduction names it as the forerunner of the
+    residual module, which leaves out the gate and its weights.
+    """
+
+    def __init__(
+        self, channels_in: int, channels: int, stride: int, rng: np.random.RandomState
+    ) -> None:
+        super().__init__(channels_in, channels, stride, rng)
+        with self.init_scope():
+            self.gate = Convolution(channels_in, channels, stride, rng, nobias=False)
+        self.gate.b.array[...] = GATE_BIAS
+
+    def forward(self, x):
+        h = super().forward(x)
+        return gated(h, option_a(x, self.channels, self.stride), self.gate(x))

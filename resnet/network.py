@@ -1,8 +1,13 @@
-"""The networks of the report: conv1, three blocks, average pooling, fc (Fig. 4, Table I)."""
+"""The networks of the report: conv1, three blocks, average pooling, fc (Fig. 4, Table I).
+
+``ARCHITECTURES`` has one entry for each kind of network; whatever trains, saves, loads, exports or
+draws one learns of it from there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import chainer
 import numpy as np
@@ -11,17 +16,19 @@ from chainer.initializers import HeNormal
 
 from resnet import functions
 from resnet.blocks import AbsentBlock, Block, ResidualBlock
-from resnet.modules import Convolution, Normalization, PlainModule, ResidualModule
+from resnet.modules import Convolution, HighwayModule, Normalization, PlainModule, ResidualModule
 
 CHANNELS = (16, 32, 64)  # of conv2, conv3, conv4 (report, Table I)
 BLOCKS = ("conv2", "conv3", "conv4")  # Table I, in the order of the forward pass
 GROUPS = ("conv1", *BLOCKS, "fc")
-DEPTHS = {3: 20, 5: 32, 7: 44, 9: 56, 18: 110}  # n -> layers, the report's five depths
 
 
-def layers(n: int) -> int:
-    """Number of weighted layers of a network with ``n`` modules per block: 6n + 2."""
+def depth(n: int) -> int:
+    """Count the weighted layers of a network with ``n`` modules per block: 6n + 2."""
     return 6 * n + 2
+
+
+DEPTHS = {n: depth(n) for n in (3, 5, 7, 9, 18)}  # the report's: 20, 32, 44, 56 and 110
 
 
 class Stem(chainer.Chain):
@@ -38,15 +45,25 @@ class Stem(chainer.Chain):
         return functions.relu(self.bn(self.conv(x)))
 
 
+class Head(L.Linear, chainer.Chain):  # a Chain, so that others can add links to it
+    """The last layer, group fc of Table I: the mean over the pixels, fully connected to classes."""
+
+    def __init__(self, channels: int, classes: int, rng: np.random.RandomState) -> None:
+        super().__init__(channels, classes, initialW=HeNormal(rng=rng))
+
+    def forward(self, x):
+        """(N, channels, H, W) -> logits (N, classes)."""
+        return functions.linear(functions.average_pooling(x), self.W, self.b)
+
+
 class Network(chainer.Chain):
-    """A network of 6n + 2 layers for images of 32 x 32 pixels.
+    """A network of 6n + 2 layers for images of 32 x 32 pixels: the groups of Table I in a row.
 
     Args:
+        architecture: Which kind of network.
         n: Modules per block.
         seed: Seed of the initial weights: the same seed, the same weights of every group, on any
             device and whichever blocks are present.
-        module: Class of the modules.
-        block: Class of the blocks.
         present: The blocks that are there; a stand-in without parameters takes the place of
             each other one (report, III.B).
         classes: Number of classes.
@@ -58,10 +75,9 @@ class Network(chainer.Chain):
 
     def __init__(
         self,
+        architecture: Architecture,
         n: int,
         seed: int = 0,
-        module: type[chainer.Chain] = ResidualModule,
-        block: type[Block] = Block,
         present: Collection[str] = BLOCKS,
         classes: int = 10,
     ) -> None:
@@ -72,11 +88,13 @@ class Network(chainer.Chain):
         shapes = ((first, first, 1), (first, second, 2), (second, third, 2))
         rngs = [np.random.RandomState([seed, i]) for i in range(len(GROUPS))]
         with self.init_scope():
-            self.conv1 = Stem(first, rngs[0])
+            self.conv1 = architecture.stem(first, rngs[0])
             for name, shape, rng in zip(BLOCKS, shapes, rngs[1:], strict=False):
-                here = name in present
-                setattr(self, name, block(n, *shape, rng, module) if here else AbsentBlock(*shape))
-            self.fc = L.Linear(third, classes, initialW=HeNormal(rng=rngs[-1]))
+                block = AbsentBlock(*shape)
+                if name in present:
+                    block = architecture.block(n, *shape, rng, architecture.module)
+                setattr(self, name, block)
+            self.fc = architecture.head(third, classes, rngs[-1])
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -90,27 +108,59 @@ class Network(chainer.Chain):
             self[name].disable_update()
 
     def forward(self, x):
-        """Logits of a batch of images: (N, 3, 32, 32) float32 -> (N, classes)."""
-        h = x
-        for name in GROUPS[:-1]:
+        """(N, 3, 32, 32) -> logits (N, classes)."""
+        for name in GROUPS:
             with chainer.using_config("train", chainer.config.train and name not in self.frozen):
-                h = functions.finished(self[name](h))
-        return functions.linear(functions.average_pooling(h), self.fc.W, self.fc.b)
+                x = functions.finished(self[name](x))
+        return x
 
 
-def plain(n: int, seed: int = 0, present: Collection[str] = BLOCKS) -> Network:
-    """The plain network of 6n + 2 layers (report, Fig. 1 and 2a)."""
-    return Network(n, seed, module=PlainModule, present=present)
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of network; called with ``Network``'s other arguments, it makes one.
+
+    Attributes:
+        title: What it is called in a sentence, such as "plain network".
+        label: What it is called in tables and plots, such as "Plain".
+        formula: What a module computes, for blocks.h5.
+        module: Class of the modules: (channels_in, channels, stride, rng).
+        block: Class of the blocks: (n, channels_in, channels, stride, rng, module).
+        stem: Class of conv1: (channels, rng).
+        head: Class of fc: (channels, classes, rng).
+        beside: Name of the architecture whose numbers tables set beside its own; None: its own
+            column is the report's.
+    """
+
+    title: str
+    label: str
+    formula: str
+    module: type[chainer.Chain]
+    block: type[chainer.Chain] = Block
+    stem: type[chainer.Chain] = Stem
+    head: type[chainer.Link] = Head
+    beside: str | None = None
+
+    def __call__(
+        self, n: int, seed: int = 0, present: Collection[str] = BLOCKS, classes: int = 10
+    ) -> Network:
+        return Network(self, n, seed, present, classes)
 
 
-def resnet(n: int, seed: int = 0, present: Collection[str] = BLOCKS) -> Network:
-    """The residual network of 6n + 2 layers (report, II)."""
-    return Network(n, seed, present=present)
-
-
-def resresnet(n: int, seed: int = 0, present: Collection[str] = BLOCKS) -> Network:
-    """The residual of residual network of 6n + 2 layers (report, III.A)."""
-    return Network(n, seed, block=ResidualBlock, present=present)
-
-
-ARCHITECTURES = {"plain": plain, "resnet": resnet, "resresnet": resresnet}
+F = "F = bn2(conv2(ReLU(bn1(conv1(x)))))"
+plain = Architecture("plain network", "Plain", f"{F}; ReLU(F)", PlainModule)  # report, Fig. 1, 2a
+resnet = Architecture("ResNet", "ResNet", f"{F}; ReLU(F + A(x))", ResidualModule)  # report, II
+resresnet = Architecture(  # report, III.A
+    "ResResNet",
+    "ResResNet",
+    f"{F}; ReLU(F + A(x)); a block's output y is ReLU(y + A(x)), x its input",
+    ResidualModule,
+    ResidualBlock,
+)
+highway = Architecture(  # not in the report
+    "Highway network",
+    "Highway",
+    f"{F}; H = ReLU(F), T = sigmoid(gate(x)), gate with bias b: H T + A(x) (1 - T)",
+    HighwayModule,
+    beside="resnet",
+)
+ARCHITECTURES = {"plain": plain, "resnet": resnet, "resresnet": resresnet, "highway": highway}

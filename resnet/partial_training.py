@@ -28,7 +28,7 @@ from chainer import training as chainer_training
 
 from resnet import extensions, files, run_folder, schedule, training, weights
 from resnet.command import USAGE, InputError
-from resnet.network import BLOCKS, GROUPS, Network, layers, resnet
+from resnet.network import BLOCKS, GROUPS, Network, depth, resnet
 from resnet.training import Run, Setting
 
 ORDERS = {"top-down": BLOCKS, "bottom-up": BLOCKS[::-1]}
@@ -75,7 +75,7 @@ class PartialTraining:
         identity = training.identify(setting, "resnet", n, seed, plan, self.chosen)
         return Run(
             setting=setting,
-            title=f"ResNet-{layers(n)} (n = {n}), {self.order}, stage {number} of {len(STAGES)} "
+            title=f"ResNet-{depth(n)} (n = {n}), {self.order}, stage {number} of {len(STAGES)} "
             f"with {', '.join(self.present(number))}",
             identity={**identity, "order": self.order, "stage": number},
             folder=self.folder / f"stage{number}",

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from resnet import command, files, record, weights
 from resnet.command import InputError
-from resnet.network import layers
-from resnet.training import NAMES
+from resnet.network import ARCHITECTURES, depth
 
 CARD = "README.md"
 
@@ -60,10 +59,10 @@ def card(path: Path) -> str:
     drops = ", ".join(f"{drop:,}" for drop in plan["drops"])
     commits = dict.fromkeys((start.get("git") or {}).get("commit", "unknown") for start in starts)
     commands = "\n".join(dict.fromkeys("    " + start["command"] for start in starts))
-    kind = NAMES.get(run["architecture"], run["architecture"])
+    kind = ARCHITECTURES[weights.describe(path / "blocks.h5").architecture].title
     return f"""# {path.name}
 
-A {kind} of {layers(run["n"])} layers (report, Table I), for images of 32 x 32 pixels in the ten
+A {kind} of {depth(run["n"])} layers (report, Table I), for images of 32 x 32 pixels in the ten
 classes of CIFAR-10.
 
 - Accuracy: {last[f"{evaluation}/main/accuracy"]:.2%} on the {evaluation} images after the last

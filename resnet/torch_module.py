@@ -34,22 +34,27 @@ class Stem(nn.Module):
 
 
 class Module(nn.Module):
-    def __init__(self, channels_in, channels, stride, shortcut):
+    def __init__(self, channels_in, channels, stride, architecture):
         super().__init__()
         self.conv1, self.bn1 = convolution(channels_in, channels, stride), normalization(channels)
         self.conv2, self.bn2 = convolution(channels, channels), normalization(channels)
-        self.shortcut = shortcut
+        self.shortcut = architecture in ("resnet", "resresnet")
+        gated = architecture == "highway"
+        self.gate = nn.Conv2d(channels_in, channels, 3, stride, padding=1) if gated else None
 
     def forward(self, x):
         h = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(h))
+        if self.gate is not None:
+            t = torch.sigmoid(self.gate(x))
+            return F.relu(y) * t + option_a(x, y) * (1 - t)
         return F.relu(y + option_a(x, y) if self.shortcut else y, inplace=True)
 
 
 class Block(nn.Sequential):
     def __init__(self, n, channels_in, channels, stride, architecture):
         shapes = [(channels_in, stride)] + [(channels, 1)] * (n - 1)
-        super().__init__(*(Module(c, channels, s, architecture != "plain") for c, s in shapes))
+        super().__init__(*(Module(c, channels, s, architecture) for c, s in shapes))
         self.shortcut = architecture == "resresnet"
 
     def forward(self, x):
@@ -58,7 +63,7 @@ class Block(nn.Sequential):
 
 
 class Network(nn.Module):
-    """A network of 6n + 2 layers: plain, resnet or resresnet."""
+    """A network of 6n + 2 layers: plain, resnet, resresnet or highway."""
 
     def __init__(self, architecture, n, classes=10):
         super().__init__()

@@ -32,7 +32,7 @@ from resnet import (
 )
 from resnet.batches import Batches, Images
 from resnet.command import STOPPED, USAGE, InputError, clock, reason, unheard
-from resnet.network import ARCHITECTURES, DEPTHS, Network, layers
+from resnet.network import ARCHITECTURES, DEPTHS, Network, depth
 from resnet.parallel import ALONE, Processes
 from resnet.stopping import StopRequest, UntilDone
 from resnet.updater import Updater
@@ -43,8 +43,6 @@ HELD_OUT = 5000  # images of the 45k/5k split, He et al. 2015, 4.2
 WARM_UP_FROM = 18  # modules per block: He et al. 2015, 4.2, on the net of 110 layers
 
 STARTED = time.monotonic()  # of this process, nearly
-
-NAMES = {"plain": "plain network", "resnet": "ResNet", "resresnet": "ResResNet"}
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def whole_network(architecture: str, n: int, seed: int, setting: Setting) -> Run
     plan, chosen = choose_schedule(setting), choices(setting.args)
     return Run(
         setting=setting,
-        title=f"{NAMES[architecture]}, {layers(n)} layers (n = {n})",
+        title=f"{ARCHITECTURES[architecture].title}, {depth(n)} layers (n = {n})",
         identity=identify(setting, architecture, n, seed, plan, chosen),
         folder=name_folder(setting, architecture, n, seed, chosen),
         schedule=plan,
@@ -211,7 +209,7 @@ def name_folder(setting: Setting, what: str, n: int, seed: int, chosen: dict) ->
     """Name the run folder of ``what``; see ``files.run_name``."""
     args = setting.args
     shorten = {"shorten": args.shorten} if args.shorten > 1 else {}
-    return args.out / files.run_name(f"{what}-{layers(n)}", seed, shorten | chosen)
+    return args.out / files.run_name(f"{what}-{depth(n)}", seed, shorten | chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +294,7 @@ class Run:
         setting, iterations = self.setting, self.schedule.iterations
         data, mean, processes = setting.dataset, setting.mean, setting.processes
         network = self.build()
+        weights.check_groups(network)  # before hours are spent on what could not be saved
         network.to_device(setting.device)
         optimizer = functions.momentum_sgd(network, MOMENTUM, WEIGHT_DECAY)
         trained_on = data.train_x[: setting.size], data.train_y[: setting.size]
@@ -387,7 +386,10 @@ class Run:
         print(flush=True)
 
     def _start(self, iteration: int) -> dict:
+        kind = ARCHITECTURES[self.identity["architecture"]]
         return {
+            "label": kind.label,
+            "beside": kind.beside,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "iteration": iteration,
             "command": record.command(),
@@ -456,4 +458,4 @@ def print_summary(runs: Sequence[Run]) -> None:
         diverged = sum(diverged for _, _, diverged in results)
         note = f", {diverged} of them diverged" if diverged else ""
         runs_note = f"{len(values)} run{'s' * (len(values) > 1)}{note}"
-        print(f"{layers(n):5d}  {mean(values):6.2f}{deviation} %  ({runs_note})", flush=True)
+        print(f"{depth(n):5d}  {mean(values):6.2f}{deviation} %  ({runs_note})", flush=True)

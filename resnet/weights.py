@@ -35,8 +35,6 @@ ABOUT = {  # attributes for who has an HDF5 reader and nothing of ours; the READ
     "epsilon": 2e-5,
     "network": "conv1: ReLU(bn(conv(x))); the blocks conv2, conv3, conv4: modules 0 .. n-1 in a "
     "row; mean over the pixels; fc: logits, in the order of classes",
-    "module": "F = bn2(conv2(ReLU(bn1(conv1(x))))); plain: ReLU(F); resnet, resresnet: "
-    "ReLU(F + A(x)); resresnet: a block's output y is ReLU(y + A(x)), x its input",
     "stride": "2 in conv1 of module 0 of conv3 and conv4; else 1",
     "shortcut": "A, option A: where sizes differ every second pixel, then channels of zeros behind",
     "absent": "a block that groups does not name: mean over 2 x 2 pixels where its stride is 2, "
@@ -69,11 +67,16 @@ def save(path: Path | str, network: Network, description: Description, mean: np.
         network: The trained network.
         description: What it is.
         mean: Per-pixel mean of the training images, float32 (3, 32, 32), in units of 0..1.
+
+    Raises:
+        ValueError: The network has weights or statistics that are in none of the groups.
     """
+    check_groups(network)
     path = Path(path)
     content = io.BytesIO()  # HDF5 itself crashes the process on a full disk
     with h5py.File(content, "w") as file:
-        for key, value in {**ABOUT, **asdict(description)}.items():
+        formula = ARCHITECTURES[description.architecture].formula
+        for key, value in {**ABOUT, "module": formula, **asdict(description)}.items():
             file.attrs[key] = value
         file.attrs["sealed"] = True
         file["mean"] = chainer.cuda.to_cpu(mean)
@@ -81,6 +84,19 @@ def save(path: Path | str, network: Network, description: Description, mean: np.
             chainer.serializers.HDF5Serializer(file.create_group(name)).save(network[name])
     with files.whole(path) as temporary:
         temporary.write_bytes(files.seal(content.getvalue()))
+
+
+def check_groups(network: Network) -> None:
+    """Refuse a network of which a file would lose something.
+
+    Raises:
+        ValueError: It has weights or statistics that are in none of its groups.
+    """
+    everything = DictionarySerializer()
+    everything.save(network)
+    inside = tuple(f"{name}/" for name in network.groups)
+    if lost := sorted(name for name in everything.target if not name.startswith(inside)):
+        raise ValueError(f"found {', '.join(lost)}, legal: all in {', '.join(network.groups)}")
 
 
 def describe(path: Path | str) -> Description:

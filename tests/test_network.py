@@ -11,12 +11,15 @@ from experiments.torch_network import TorchNetwork
 from resnet import blocks, functions, modules
 from resnet.blocks import Block, ResidualBlock
 from resnet.export import state, torch_name
-from resnet.modules import PlainModule, ResidualModule
-from resnet.network import ARCHITECTURES, DEPTHS, GROUPS, Network, layers, plain, resnet, resresnet
+from resnet.modules import GATE_BIAS, HighwayModule, PlainModule, ResidualModule
+from resnet.network import ARCHITECTURES, DEPTHS, GROUPS, depth, highway, plain, resnet, resresnet
 
 
 def random(*shape):
     return np.random.RandomState(1).standard_normal(shape).astype(np.float32)
+
+
+REPORTS = ("plain", "resnet", "resresnet")  # the other architectures are not in the report
 
 
 def weighted(link):
@@ -31,7 +34,7 @@ def count_by_hand(n):
     return total + 64 * 10 + 10
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", REPORTS)
 @pytest.mark.parametrize(
     ("n", "parameters"), [(3, 269_722), (5, 464_154), (7, 658_586), (9, 853_018), (18, 1_727_962)]
 )
@@ -39,7 +42,7 @@ def test_sizes_are_those_of_the_published_networks(architecture, n, parameters):
     """Option A adds none; option B would give 272,474 for 20 layers."""
     net = ARCHITECTURES[architecture](n)
     assert net.count_params() == parameters == count_by_hand(n)
-    assert len(weighted(net)) == 6 * n + 2 == layers(n) == DEPTHS[n]
+    assert len(weighted(net)) == 6 * n + 2 == depth(n) == DEPTHS[n]
 
 
 def test_the_network_of_1202_layers_has_19_4_million_parameters():
@@ -65,7 +68,17 @@ def test_groups_have_the_shapes_of_table_1(architecture):
         "conv4": (64, 8, 8),
     }
     assert net(random(2, 3, 32, 32)).shape == (2, 10)
-    assert [len(weighted(net[group])) for group in GROUPS] == [1, 4, 4, 4, 1]
+    gates = 2 * (architecture == "highway")
+    assert [len(weighted(net[g])) for g in GROUPS] == [1, *[4 + gates] * 3, 1]
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_a_highway_network_has_a_gate_in_each_module_besides(n):
+    """A 3x3 convolution with a bias; half as many weights again: 392,170 for 20 layers."""
+    gates = (9 * 16 + 1) * 16 + (9 * 16 + 1) * 32 + (9 * 32 + 1) * 64
+    gates += (n - 1) * sum((9 * channels + 1) * channels for channels in (16, 32, 64))
+    assert highway(n).count_params() == count_by_hand(n) + gates
+    assert (highway(n).conv3[0].gate.b.array == GATE_BIAS).all() and GATE_BIAS < 0
 
 
 def test_only_the_last_layer_has_a_bias():
@@ -74,7 +87,7 @@ def test_only_the_last_layer_has_a_bias():
 
 
 def test_other_numbers_of_classes():
-    assert Network(1, classes=100)(random(2, 3, 32, 32)).shape == (2, 100)
+    assert resnet(1, classes=100)(random(2, 3, 32, 32)).shape == (2, 100)
 
 
 def test_first_weights_are_normal_with_variance_2_over_fan_in():
@@ -243,3 +256,20 @@ def test_residual_block_adds_its_input_to_what_the_block_gives(stride):
     shortcut = functions.option_a(chainer.Variable(x), channels, stride).array
     expected = np.maximum(without(x).array + shortcut, 0)
     np.testing.assert_allclose(block(x).array, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(16, 1), (32, 2)])
+def test_highway_module_hands_on_its_input_where_its_gate_is_shut(backend, channels, stride):
+    """And what its two layers compute where it is open."""
+    x = backend.send(random(2, 16, 8, 8))
+    module = HighwayModule(16, channels, stride, np.random.RandomState(0))
+    plain_module = PlainModule(16, channels, stride, np.random.RandomState(0))
+    for each in (module, plain_module):
+        each.to_device(backend)
+    module.gate.b.array[...] = -100
+    y = chainer.cuda.to_cpu(module(x).array)
+    np.testing.assert_array_equal(y[:, :16], chainer.cuda.to_cpu(x[:, :, ::stride, ::stride]))
+    assert not y[:, 16:].any()
+    module.gate.b.array[...] = 100
+    y, expected = (chainer.cuda.to_cpu(each(x).array) for each in (module, plain_module))
+    np.testing.assert_allclose(y, expected, atol=1e-5)

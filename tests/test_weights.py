@@ -13,6 +13,7 @@ from conftest import ROOT, flips
 from resnet import files, network, weights
 from resnet.command import InputError
 from resnet.export import state
+from resnet.modules import Normalization
 from resnet.network import ARCHITECTURES, GROUPS
 
 MEAN = np.linspace(0, 1, 3 * 32 * 32, dtype=np.float32).reshape(3, 32, 32)
@@ -26,7 +27,7 @@ def trained(architecture="resnet", n=1):
     for _ in range(2):
         net(rng.standard_normal((4, 3, 32, 32)).astype(np.float32))
     for parameter in net.params():
-        parameter.array += rng.standard_normal(parameter.shape).astype(np.float32)
+        parameter.array += rng.standard_normal(parameter.shape).astype(np.float32) / 10
     return net
 
 
@@ -65,6 +66,16 @@ def test_restored_network_is_the_saved_one(architecture, n, tmp_path):
     x = np.ones((2, 3, 32, 32), np.float32)
     with chainer.using_config("train", False):
         np.testing.assert_array_equal(restored(x).array, net(x).array)
+
+
+def test_a_network_with_weights_outside_its_groups_is_refused_not_cut_short(tmp_path):
+    """Their loss would show only as another accuracy than the log's."""
+    net = trained()
+    with net.init_scope():
+        net.bn = Normalization(64)
+    with pytest.raises(ValueError, match=r"bn/avg_mean.*bn/gamma.*legal: all in conv1, conv2"):
+        weights.save(tmp_path / "blocks.h5", net, describe(), MEAN)
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_says_what_it_holds_to_any_hdf5_reader(saved):
@@ -107,7 +118,12 @@ def numpy_logits(path, images):
             for i in range(at["n"]):
                 m, stride = block[str(i)], 2 if name != "conv2" and i == 0 else 1
                 y = bn(conv(relu(bn(conv(x, m["conv1"], stride), m["bn1"])), m["conv2"]), m["bn2"])
-                x = relu(y if at["architecture"] == "plain" else y + a(x, y))
+                if at["architecture"] == "highway":
+                    t = conv(x, m["gate"], stride) + m["gate/b"][:][:, None, None]
+                    t = 1 / (1 + np.exp(-t))
+                    x = relu(y) * t + a(x, y) * (1 - t)
+                else:
+                    x = relu(y if at["architecture"] == "plain" else y + a(x, y))
             x = relu(x + a(start, x)) if at["architecture"] == "resresnet" else x
         return x.mean((2, 3)) @ file["fc/W"][:].T + file["fc/b"]
 

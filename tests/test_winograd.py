@@ -81,8 +81,8 @@ def assembly(register, build):
     name, features = PROCESSORS[register]
     module = ir.Module()
     build(module, winograd.lanes(features))
-    code, machine = winograd.optimized(module, name, features)
-    return machine.emit_assembly(code)
+    machine = winograd.target(name, features)
+    return machine.emit_assembly(winograd.optimized(module, machine))
 
 
 @pytest.mark.parametrize("register", PROCESSORS)
@@ -115,6 +115,24 @@ def test_the_transforms_use_the_widest_vectors(register):
     }
     others = sum(vectors.values()) - vectors[register]
     assert vectors[register] > 100 > 10 * others
+
+
+def test_code_is_compiled_once_and_again_where_it_was_damaged(tmp_path, monkeypatch):
+    code = winograd.object_code(16, 4, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    whole = kept.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.delattr(winograd, "build")  # nothing is built
+        assert winograd.object_code(16, 4, tmp_path) == code
+    for damaged in (whole[: len(whole) // 2], whole[:-1] + b"?", b""):
+        kept.write_bytes(damaged)
+        assert winograd.object_code(16, 4, tmp_path) == code
+        assert kept.read_bytes() == whole
+
+
+def test_code_is_compiled_where_nothing_can_be_kept(tmp_path):
+    missing = tmp_path / "missing"
+    assert winograd.object_code(16, 4, missing) == winograd.object_code(16, 4, tmp_path)
 
 
 def test_a_processor_without_avx2_computes_directly_and_one_line_says_so():

@@ -124,6 +124,11 @@ def relu(x):
     return _backend.relu(x)
 
 
+def gated(h, x, z):
+    """h T + x (1 - T) with T = sigmoid(z), all (N, C, H, W) (Srivastava et al. 2015, eq. 3)."""
+    return _backend.gated(h, x, z)
+
+
 def option_a(x, channels: int, stride: int):
     """Subsample by ``stride`` and append channels of zeros: option A (He et al. 2015, 3.3)."""
     return _backend.option_a(x, channels, stride)

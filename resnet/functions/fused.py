@@ -184,6 +184,9 @@ class Fused(Reference):
         self.finished(shortcut)  # first, as y may come out of it
         return self.add_relu(self.finished(y), shortcut)
 
+    def gated(self, h, x, z):
+        return super().gated(*map(self.float32, (h, x, z)))
+
     def finished(self, x):
         if isinstance(x, Unfinished):
             x.look()

@@ -19,13 +19,18 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
+from numba.core.cpu_options import ParallelOptions
 from numba.extending import intrinsic
+from numba.np import arrayobj
 
 CHUNK = 64  # rows; float32 sums stay short, float64 sums few
 COLUMNS = 1024  # values of a row that a thread sums
 LINE = 16  # floats of a cache line
-SLICE = 8  # channels whose filters a thread transforms
-_compile = numba.njit(parallel=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+SLICE = 8  # channels of whose filters a thread sums the gradients
+# Loops of numba.prange and no others: to wake a thread takes longer than to fill a small array.
+_OTHERS = "comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"
+_PARALLEL = ParallelOptions({**dict.fromkeys(_OTHERS, False), "prange": True})
+_compile = numba.njit(parallel=_PARALLEL, cache=True, fastmath={"contract", "reassoc", "nsz"})
 _inline = numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
 
 
@@ -58,15 +63,19 @@ def _execute(typing, function, primitive, stream, count, arguments):
 
 @intrinsic
 def _run(typing, function, a, b, c, memory, count):
-    """A function of ``winograd.compiled`` at the address ``function``."""
+    """The function of ``winograd.Functions`` at the address ``function``, on arrays."""
 
     def generate(context, builder, signature, arguments):
-        address, *rest = arguments
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 5)
-        builder.call(builder.inttoptr(address, kind.as_pointer()), rest)
+        address, *arrays, count = arguments
+        data = [
+            context.make_array(kind)(context, builder, array).data
+            for kind, array in zip(signature.args[1:-1], arrays, strict=True)
+        ]
+        kind = ir.FunctionType(ir.VoidType(), [*(pointer.type for pointer in data), count.type])
+        builder.call(builder.inttoptr(address, kind.as_pointer()), [*data, count])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6), generate
+    return types.void(types.int64, a, b, c, memory, types.int64), generate
 
 
 def empty(shape):
@@ -75,6 +84,31 @@ def empty(shape):
     memory = np.empty(size + LINE, np.float32)
     begin = -memory.ctypes.data // 4 % LINE
     return memory[begin : begin + size].reshape(shape)
+
+
+@intrinsic
+def _view(typing, array, rows, width):
+    """The first values of a contiguous array as (rows, width); a reshape takes long to compile."""
+    if array.layout != "C":
+        return None  # a slice with gaps: an error of types
+    kind = types.Array(array.dtype, 2, "C")
+
+    def generate(context, builder, signature, arguments):
+        value, *shape = arguments
+        data = context.make_array(array)(context, builder, value).data
+        view = context.make_array(kind)(context, builder)
+        size = context.get_constant(types.intp, array.dtype.bitwidth // 8)
+        strides = [builder.mul(shape[1], size), size]
+        arrayobj.populate_array(view, data, shape, strides, size, meminfo=None)
+        return view._getvalue()
+
+    return kind(array, types.intp, types.intp), generate
+
+
+@_inline
+def _flat(x):
+    """All rows of all images."""
+    return _view(x, x.shape[0] * x.shape[1], x.shape[2])
 
 
 @_inline
@@ -103,6 +137,12 @@ def reorder(call, source, target):
 def _check(status):
     if status:
         raise RuntimeError("oneDNN could not compute a convolution")
+
+
+@_inline
+def _check_all(calls):
+    for k in range(len(calls)):
+        _check(calls[k, 0])
 
 
 @_inline
@@ -162,6 +202,25 @@ def _copy(x, y):
     for i in range(rows):
         for c in range(channels):
             y[i, c] = x[i, c]
+
+
+@_inline
+def _add(x, y):
+    """y += x."""
+    rows, channels = x.shape
+    for i in range(rows):
+        for c in range(channels):
+            y[i, c] += x[i, c]
+
+
+@_inline
+def _combine(g, h, coefficients, gh):
+    """gh = factor * g + slope * h + offset, the gradient of h."""
+    factor, slope, offset = coefficients[0], coefficients[1], coefficients[2]
+    rows, channels = h.shape
+    for i in range(rows):
+        for c in range(channels):
+            gh[i, c] = factor[c] * g[i, c] + slope[c] * h[i, c] + offset[c]
 
 
 @_inline
@@ -228,22 +287,21 @@ def convolve(forward, images, x, normalization, shortcut, out, w, h, work, scrat
     for k in numba.prange(len(calls)):
         own = work[numba.get_thread_id()]
         some = slice(k * images, (k + 1) * images)
-        xs = x[some].reshape(-1, x.shape[2])
-        hs = h[some].reshape(-1, h.shape[2])
+        xs, hs = _flat(x[some]), _flat(h[some])
         source = xs
         if len(normalization):
             if len(out):
-                source = out[some].reshape(xs.shape)
+                source = _flat(out[some])
             else:
-                source = own[scratch : scratch + xs.size].reshape(xs.shape)
+                source = _view(own[scratch:], xs.shape[0], xs.shape[1])
             if len(shortcut):
-                added = shortcut[some].reshape(xs.shape)
+                added = _flat(shortcut[some])
                 _scale_shift_add_relu(xs, normalization[0], normalization[1], added, source)
             else:
                 _scale_shift_relu(xs, normalization[0], normalization[1], source)
         execute(calls[k], source, weights, hs, own)
         _moments(hs, 0, parts[k])
-    _check(np.abs(calls[:, 0]).max())
+    _check_all(calls)
     return parts
 
 
@@ -254,10 +312,10 @@ def output_gradient(images, h, gy, y, mean, g):
     parts = np.zeros((count, 2, h.shape[2]), np.float64)
     for k in numba.prange(count):
         some = slice(k * images, (k + 1) * images)
-        hs, gs = h[some].reshape(-1, h.shape[2]), g[some].reshape(-1, h.shape[2])
-        _copy(gy[some].reshape(-1, h.shape[2]), gs)
-        _mask(gs, y[some].reshape(-1, h.shape[2]))
-        _add_sums(hs, gs, mean, parts[k])
+        gs = _flat(g[some])
+        _copy(_flat(gy[some]), gs)
+        _mask(gs, _flat(y[some]))
+        _add_sums(_flat(h[some]), gs, mean, parts[k])
     return parts
 
 
@@ -301,38 +359,40 @@ def convolve_backward(
     for k in numba.prange(len(data_parts)):
         own = work[numba.get_thread_id()]
         some = slice(k * images, (k + 1) * images)
-        xs = x[some].reshape(-1, x.shape[2])
-        hs, gs = h[some].reshape(-1, h.shape[2]), g[some].reshape(-1, h.shape[2])
+        xs, hs = _flat(x[some]), _flat(h[some])
         end = scratch + hs.size
-        gh = own[scratch:end].reshape(hs.shape)
-        factor, slope, offset = coefficients[0], coefficients[1], coefficients[2]
-        for i in range(len(hs)):
-            for c in range(hs.shape[1]):
-                gh[i, c] = factor[c] * gs[i, c] + slope[c] * hs[i, c] + offset[c]
+        gh = _view(own[scratch:], hs.shape[0], hs.shape[1])
+        _combine(_flat(g[some]), hs, coefficients, gh)
         source = xs
         if len(out):
-            source = out[some].reshape(xs.shape)
+            source = _flat(out[some])
         elif len(normalization):
-            source = own[end : end + xs.size].reshape(xs.shape)
+            source = _view(own[end:], xs.shape[0], xs.shape[1])
             _scale_shift_relu(xs, normalization[0], normalization[1], source)
         execute(weights_parts[k], source, gh, gws[k], own)
         if len(gx):
-            gxs = gx[some].reshape(xs.shape)
+            gxs = _flat(gx[some])
             if adds:
-                more = own[end + xs.size : end + 2 * xs.size].reshape(xs.shape)
+                more = _view(own[end + xs.size :], xs.shape[0], xs.shape[1])
                 execute(data_parts[k], gh, ws, more, own)
-                for i in range(len(gxs)):
-                    for c in range(gxs.shape[1]):
-                        gxs[i, c] += more[i, c]
+                _add(more, gxs)
             else:
                 execute(data_parts[k], gh, ws, gxs, own)
             if len(normalization):
                 _mask(gxs, source)
                 _add_sums(xs, gxs, normalization[2], parts[k])
-    _check(np.abs(weights_parts[:, 0]).max() + np.abs(data_parts[:, 0]).max())
+    _check_all(weights_parts)
+    _check_all(data_parts)
     _sum_rows(gws)
     reorder(weights.reorder, gws[0], gw)
     return parts
+
+
+@_inline
+def _inner(padded, i, r, rows, width):
+    """Row of pixels r of image i within its borders, as ``rows`` rows."""
+    channels = padded.shape[2] // padded.shape[1]
+    return _view(padded[i, r + 1, channels:], rows, width)
 
 
 @_inline
@@ -340,22 +400,19 @@ def _enter(x, normalization, shortcut, out, padded):
     """padded = relu(BN(x) + shortcut) within its borders; also out, unless it is empty."""
     images, rows, width = x.shape
     side = padded.shape[1] - 2
-    channels = padded.shape[2] // (side + 2)
     rows //= side  # of a row of pixels
     for i in range(images):
         for r in range(side):
-            some = slice(r * rows, (r + 1) * rows)
-            inner = padded[i, r + 1, channels:-channels].reshape(rows, width)
+            some, inner = slice(r * rows, (r + 1) * rows), _inner(padded, i, r, rows, width)
             if len(normalization) == 0:
                 _copy(x[i, some], inner)
             elif len(shortcut):
                 scale, shift = normalization[0], normalization[1]
-                _scale_shift_add_relu(x[i, some], scale, shift, shortcut[i, some], out[i, some])
-                _copy(out[i, some], inner)
+                _scale_shift_add_relu(x[i, some], scale, shift, shortcut[i, some], inner)
             else:
                 _scale_shift_relu(x[i, some], normalization[0], normalization[1], inner)
-                if len(out):
-                    _copy(inner, out[i, some])
+            if len(out):
+                _copy(inner, out[i, some])
 
 
 @_inline
@@ -363,25 +420,15 @@ def _enter_gradient(g, h, coefficients, padded):
     """padded = the gradient of h, within its borders."""
     images, rows, width = g.shape
     side = padded.shape[1] - 2
-    channels = padded.shape[2] // (side + 2)
     rows //= side  # of a row of pixels
-    factor, slope, offset = coefficients[0], coefficients[1], coefficients[2]
     for i in range(images):
         for r in range(side):
-            inner = padded[i, r + 1, channels:-channels].reshape(rows, width)
-            for j in range(rows):
-                for c in range(width):
-                    place = r * rows + j
-                    inner[j, c] = factor[c] * g[i, place, c] + slope[c] * h[i, place, c] + offset[c]
+            some, inner = slice(r * rows, (r + 1) * rows), _inner(padded, i, r, rows, width)
+            _combine(g[i, some], h[i, some], coefficients, inner)
 
 
 @_inline
-def _address(array):
-    return np.int64(array.ctypes.data)
-
-
-@_compile
-def filters_to_points(function, w, backward, g, u):
+def _filters_to_points(function, w, backward, g, u):
     """u = the filters w at the points, (36, C, C); of the turned ones if it goes ``backward``.
 
     Args:
@@ -390,128 +437,94 @@ def filters_to_points(function, w, backward, g, u):
         g: Working memory, (9, C, C).
     """
     channels = len(w)
-    for first in numba.prange(channels // SLICE):
-        some = range(first * SLICE, (first + 1) * SLICE)
-        for a in some:
-            for b in range(channels):
-                for p in range(9):
-                    g[p, a, b] = w[a, b, 8 - p] if backward else w[b, a, p]
-        start = 4 * channels * first * SLICE
-        _run(function, _address(g) + start, _address(u) + start, 0, 0, SLICE * channels)
+    for a in range(channels):
+        for b in range(channels):
+            for p in range(9):
+                if backward:
+                    g[8 - p, a, b] = w[a, b, p]
+                else:
+                    g[p, b, a] = w[a, b, p]
+    _run(function, g, u, u, u, channels * channels)
 
 
 @_compile
-def filters_from_points(function, u, g, gw):
-    """gw = the gradient of the filters, (C, C, 9), from that at the points."""
+def filters_from_points(tiles, gw):
+    """gw = the gradient of the filters, (C, C, 9), from the sums of the parts at the points."""
+    from_points, sums, filters = tiles.code.from_points, tiles.sums, tiles.filters
     channels = len(gw)
     for first in numba.prange(channels // SLICE):
-        start = 4 * channels * first * SLICE
-        _run(function, _address(u) + start, _address(g) + start, 0, 0, SLICE * channels)
-        for k in range(channels):
-            for c in range(first * SLICE, (first + 1) * SLICE):
-                for p in range(9):
-                    gw[k, c, p] = g[p, c, k]
+        some = slice(first * SLICE, (first + 1) * SLICE)
+        for k in range(1, len(sums)):
+            for point in range(sums.shape[1]):
+                _add(sums[k, point, some], sums[0, point, some])
+        total, g = sums[0, 0, some], filters[0, some]
+        _run(from_points, total, g, total, total, SLICE * channels)
+        for p in range(9):
+            g = filters[p, some]
+            for c in range(SLICE):
+                for k in range(channels):
+                    gw[k, first * SLICE + c, p] = g[c, k]
 
 
 @_compile
-def convolve_by_tiles(
-    function, images, group, x, normalization, shortcut, out, u, h, padded, points
-):
-    """As ``convolve``, by the code at ``function``, a ``group`` of images after the other.
-
-    Args:
-        u: The filters at the points.
-        padded: Groups of images for each thread, (threads, 2, group, H + 2, (W + 2) C); their
-            borders are 0.
-        points: Working memory for each thread.
-    """
+def convolve_by_tiles(tiles, x, normalization, shortcut, out, w, h):
+    """As ``convolve``, by ``winograd.Tiles``, a group of images after the other."""
+    images, group = tiles.images, tiles.group
+    u, padded, points = tiles.u, tiles.padded, tiles.points
     count = (len(x) + images - 1) // images
-    width = h.shape[2]
-    parts = np.zeros((count, 2, width), np.float64)
+    parts = np.zeros((count, 2, h.shape[2]), np.float64)
+    _filters_to_points(tiles.code.to_points, w, False, tiles.filters, u)
+    forward = tiles.code.convolve
     for k in numba.prange(count):
         thread = numba.get_thread_id()
+        read = padded[thread, 0]
         end = min((k + 1) * images, len(x))
         seen = 0
         for begin in range(k * images, end, group):
             some = slice(begin, min(begin + group, end))
-            _enter(x[some], normalization, shortcut[some], out[some], padded[thread, 0])
+            _enter(x[some], normalization, shortcut[some], out[some], read)
             hs = h[some]
-            _run(
-                function,
-                _address(padded[thread, 0]),
-                _address(u),
-                _address(hs),
-                _address(points[thread]),
-                len(hs),
-            )
-            rows = hs.reshape(-1, width)
-            _moments(rows, seen, parts[k])
-            seen += len(rows)
+            _run(forward, read, u, hs, points[thread], len(hs))
+            _moments(_flat(hs), seen, parts[k])
+            seen += len(hs) * hs.shape[1]
     return parts
 
 
 @_compile
-def convolve_backward_by_tiles(
-    weights,
-    data,
-    images,
-    group,
-    g,
-    h,
-    coefficients,
-    x,
-    normalization,
-    out,
-    u,
-    sums,
-    gx,
-    padded,
-    points,
-):
-    """As ``convolve_backward``, by the code at the addresses ``weights`` and ``data``.
+def convolve_backward_by_tiles(tiles, g, h, coefficients, x, normalization, out, w, gx, adds):
+    """As ``convolve_backward``, but for the gradient of the filters.
 
-    The gradient of the filters at the points becomes the first row of ``sums``.
+    Of that ``tiles.sums`` are written, for ``filters_from_points``.
     """
+    images, group = tiles.images, tiles.group
+    u, padded, points = tiles.u, tiles.padded, tiles.points
     count = (len(x) + images - 1) // images
-    width = x.shape[2]
-    parts = np.zeros((count, 2, width), np.float64)
+    parts = np.zeros((count, 2, x.shape[2]), np.float64)
+    _filters_to_points(tiles.code.to_points, w, True, tiles.filters, u)
+    data = tiles.code.convolve_more if adds else tiles.code.convolve
+    filters, sums = tiles.code.gradient, tiles.sums
     source, before = x, normalization
     if len(out):
         source, before = out, normalization[:0]
     for k in numba.prange(count):
         thread = numba.get_thread_id()
-        end = min((k + 1) * images, len(x))
+        read, gradient = padded[thread, 0], padded[thread, 1]
         sums[k] = 0
+        end = min((k + 1) * images, len(x))
         for begin in range(k * images, end, group):
             some = slice(begin, min(begin + group, end))
-            _enter(source[some], before, x[:0], x[:0], padded[thread, 0])
-            _enter_gradient(g[some], h[some], coefficients, padded[thread, 1])
-            _run(
-                weights,
-                _address(padded[thread, 0]),
-                _address(padded[thread, 1]),
-                _address(sums[k]),
-                _address(points[thread]),
-                len(g[some]),
-            )
+            xs, gs = x[some], gx[some]
+            _enter(source[some], before, x[:0], x[:0], read)
+            _enter_gradient(g[some], h[some], coefficients, gradient)
+            _run(filters, read, gradient, sums[k], points[thread], len(xs))
             if len(gx):
-                gxs = gx[some]
-                _run(
-                    data,
-                    _address(padded[thread, 1]),
-                    _address(u),
-                    _address(gxs),
-                    _address(points[thread]),
-                    len(gxs),
-                )
+                _run(data, gradient, u, gs, points[thread], len(xs))
                 if len(normalization):
-                    rows, xs = gxs.reshape(-1, width), x[some].reshape(-1, width)
                     if len(out):
-                        _mask(rows, out[some].reshape(-1, width))
+                        _mask(_flat(gs), _flat(out[some]))
                     else:
-                        _mask_normalized(rows, xs, normalization[0], normalization[1])
-                    _add_sums(xs, rows, normalization[2], parts[k])
-    _sum_rows(sums)
+                        _mask_normalized(_flat(gs), _flat(xs), normalization[0], normalization[1])
+                    _add_sums(_flat(xs), _flat(gs), normalization[2], parts[k])
     return parts
 
 
@@ -618,26 +631,23 @@ def finish(x, normalization, shortcut, y):
 def widen(x, step, y):
     """Option A: every ``step``-th pixel, and channels of zeros. Arrays are (N, H, W, C)."""
     images, height, width, _ = y.shape
-    channels = x.shape[3]
     for k in numba.prange(images):
+        y[k] = 0
         for i in range(height):
             for j in range(width):
-                for c in range(channels):
+                for c in range(x.shape[3]):
                     y[k, i, j, c] = x[k, i * step, j * step, c]
-                for c in range(channels, y.shape[3]):
-                    y[k, i, j, c] = 0
 
 
 @_compile
 def widen_gradient(g, step, gx):
     """The gradient of x in ``widen`` from that of y."""
     images, height, width, _ = g.shape
-    channels = gx.shape[3]
     for k in numba.prange(images):
         gx[k] = 0
         for i in range(height):
             for j in range(width):
-                for c in range(channels):
+                for c in range(gx.shape[3]):
                     gx[k, i * step, j * step, c] = g[k, i, j, c]
 
 
@@ -655,21 +665,16 @@ def add_relu(x, shortcut, y):
 @_compile
 def masked(gy, y, g):
     """g = gy where y is above 0, else 0: the gradient before the ReLU."""
-    images, rows, channels = y.shape
-    for k in numba.prange(images):
-        for i in range(rows):
-            for c in range(channels):
-                g[k, i, c] = np.float32(0) if y[k, i, c] <= 0 else gy[k, i, c]
+    for k in numba.prange(len(y)):
+        _copy(gy[k], g[k])
+        _mask(g[k], y[k])
 
 
 @_compile
 def add(x, y):
     """y += x."""
-    images, rows, channels = x.shape
-    for k in numba.prange(images):
-        for i in range(rows):
-            for c in range(channels):
-                y[k, i, c] += x[k, i, c]
+    for k in numba.prange(len(x)):
+        _add(x[k], y[k])
 
 
 @_compile
@@ -678,3 +683,28 @@ def momentum_step(p, g, v, rate, momentum, weight_decay):
     for i in numba.prange(len(p)):
         v[i] = momentum * v[i] - rate * (g[i] + weight_decay * p[i])
         p[i] += v[i]
+
+
+@_compile
+def gated(h, x, z, y):
+    """y = h T + x (1 - T) with T = sigmoid(z)."""
+    images, rows, channels = y.shape
+    for k in numba.prange(images):
+        for i in range(rows):
+            for c in range(channels):
+                t = np.float32(1) / (np.float32(1) + np.exp(-z[k, i, c]))
+                y[k, i, c] = x[k, i, c] + t * (h[k, i, c] - x[k, i, c])
+
+
+@_compile
+def gated_gradients(h, x, z, gy, gh, gx, gz):
+    """The gradients of h, x and z in ``gated``."""
+    images, rows, channels = gy.shape
+    for k in numba.prange(images):
+        for i in range(rows):
+            for c in range(channels):
+                t = np.float32(1) / (np.float32(1) + np.exp(-z[k, i, c]))
+                g = gy[k, i, c]
+                gh[k, i, c] = g * t
+                gx[k, i, c] = g * (np.float32(1) - t)
+                gz[k, i, c] = g * (h[k, i, c] - x[k, i, c]) * t * (np.float32(1) - t)

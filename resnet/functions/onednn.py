@@ -117,6 +117,11 @@ class OneDNN(Fused):
             return REFERENCE.relu(x + widened(shortcut, x))
         return _AddReLU().apply((x, shortcut))[0]
 
+    def gated(self, h, x, z):
+        if not _fits(h, x, z):
+            return super().gated(h, x, z)
+        return _Gated().apply((h, x, z))[0]
+
     def momentum_sgd(self, network, momentum: float, weight_decay: float):
         if not _fits(*network.params()):
             return super().momentum_sgd(network, momentum, weight_decay)
@@ -397,6 +402,25 @@ class _AddReLU(Node):
         other = _shortcut_gradient(g, x.shape, shortcut.shape)
         results = _images(g, x.shape), _images(other, shortcut.shape)
         return accumulated(indexes, results, before)
+
+
+class _Gated(Node):
+    """h T + x (1 - T) with T = sigmoid(z)."""
+
+    def reference(self, h, x, z):
+        return REFERENCE.gated(h, x, z)
+
+    def forward(self, inputs):
+        self.retain_inputs((0, 1, 2))
+        y = _empty_rows(inputs[0].shape)
+        kernels.gated(*(_rows(_channels_last(each)) for each in inputs), y)
+        return (_images(y, inputs[0].shape),)
+
+    def gradients(self, indexes, gy, before):
+        inputs = [_rows(_channels_last(v.array)) for v in self.get_retained_inputs()]
+        results = [np.empty_like(each) for each in inputs]
+        kernels.gated_gradients(*inputs, _rows(_channels_last(gy)), *results)
+        return accumulated(indexes, [_images(each, gy.shape) for each in results], before)
 
 
 class _FlatMomentumSGD(FlatMomentumSGD):

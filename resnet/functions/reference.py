@@ -30,6 +30,9 @@ class Reference:
     def relu(self, x):
         return F.relu(x)
 
+    def gated(self, h, x, z):
+        return x + F.sigmoid(z) * (h - x)
+
     def option_a(self, x, channels: int, stride: int):
         if stride > 1:
             x = x[:, :, ::stride, ::stride]

@@ -17,16 +17,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, codegen, config
 
+from resnet import files
 from resnet.functions import kernels
 
 TILE = 4  # outputs of a tile, in each direction
@@ -110,14 +113,11 @@ def from_points(matrix: np.ndarray, m: Sequence[Vector]) -> list[Vector]:
     return [dot(row, [m[0], *terms[k % 2], m[-1]]) for k, row in enumerate(powers)]
 
 
-def both_ways(transform: Callable, matrix: np.ndarray, tile) -> list[list[Vector]]:
-    """``transform`` of the columns of a square of vectors, then of the rows."""
-    columns = [transform(matrix, column) for column in zip(*tile, strict=True)]
-    return [transform(matrix, row) for row in zip(*columns, strict=True)]
-
-
 class Code:
-    """A function of four pointers to floats and a number, in the making; offsets are in floats."""
+    """A function of four pointers to floats and a number, in the making.
+
+    Places are counted in floats, as sums of numbers and of (number, factor) pairs.
+    """
 
     def __init__(self, module: ir.Module, name: str, lanes: int) -> None:
         kind = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [WORD])
@@ -126,13 +126,14 @@ class Code:
         self.lanes, self.vector = lanes, ir.VectorType(FLOAT, lanes)
         self.zero = ir.Constant(self.vector, None)
 
+    @contextlib.contextmanager
     def loop(self, count):
-        """``with code.loop(count) as i``: i.index is 0, 1, .. in what is built within."""
-        return cgutils.for_range(self.builder, self._word(count), intp=WORD)
+        """``with code.loop(count) as i``: i is 0, 1, .. in what is built within."""
+        with cgutils.for_range(self.builder, self._word(count), intp=WORD) as loop:
+            yield loop.index
 
-    def sum(self, first, *terms):
-        """Of numbers, or of (number, factor) pairs."""
-        total = self._word(first)
+    def sum(self, *terms):
+        total = WORD(0)
         for term in terms:
             number, factor = term if isinstance(term, tuple) else (term, 1)
             product = self.builder.mul(self._word(number), WORD(factor))
@@ -142,41 +143,45 @@ class Code:
     def minimum(self, a, b: int):
         return self.builder.select(self.builder.icmp_unsigned("<", a, WORD(b)), a, WORD(b))
 
-    def at(self, pointer, offset):
-        return self.builder.gep(pointer, [self._word(offset)])
+    def at(self, pointer, *terms):
+        return self.builder.gep(pointer, [self.sum(*terms)])
 
-    def load(self, pointer, offset=0) -> Vector:
-        return Vector(self.builder, self.builder.load(self._place(pointer, offset), align=4))
+    def load(self, pointer, place: int = 0) -> Vector:
+        return Vector(self.builder, self.builder.load(self._vector(pointer, place), align=4))
 
-    def store(self, vector: Vector, pointer, offset=0) -> None:
-        self.builder.store(vector.value, self._place(pointer, offset), align=4)
+    def store(self, vector: Vector, pointer, place: int = 0) -> None:
+        self.builder.store(vector.value, self._vector(pointer, place), align=4)
 
-    def broadcast(self, pointer, offset) -> Vector:
+    def broadcast(self, pointer, place: int) -> Vector:
         """A vector of one float, repeated."""
         none = ir.Constant(self.vector, ir.Undefined)
-        one = self.builder.load(self.at(pointer, offset))
+        one = self.builder.load(self.at(pointer, place))
         one = self.builder.insert_element(none, one, INTEGER(0))
         first = ir.Constant(ir.VectorType(INTEGER, self.lanes), [0] * self.lanes)
         return Vector(self.builder, self.builder.shuffle_vector(one, none, first))
 
-    def prefetch(self, pointer, offset, write: bool) -> None:
+    def prefetch_to_write(self, pointer) -> None:
         kind = ir.FunctionType(ir.VoidType(), [BYTES, INTEGER, INTEGER, INTEGER])
         function = cgutils.get_or_insert_function(self.function.module, kind, "llvm.prefetch.p0")
-        place = self.builder.bitcast(self.at(pointer, offset), BYTES)
-        self.builder.call(function, [place, INTEGER(int(write)), INTEGER(3), INTEGER(1)])
+        place = self.builder.bitcast(pointer, BYTES)
+        self.builder.call(function, [place, INTEGER(1), INTEGER(3), INTEGER(1)])
 
-    def square(self, x, side: int, y, transform, matrix, distance: int, count) -> None:
-        """y = the transform of side * side arrays x, ``distance`` apart, both ways."""
-        with self.loop(self.builder.udiv(count, WORD(self.lanes))) as i:
-            source, target = (self.at(p, self.sum(0, (i.index, self.lanes))) for p in (x, y))
-            tile = [[self.load(source, (side * p + q) * distance) for q in range(side)]
-                    for p in range(side)]  # fmt: skip
-            for place, value in enumerate(itertools.chain(*both_ways(transform, matrix, tile))):
-                self.store(value, target, place * distance)
-        self.builder.ret_void()
+    def transform(self, how, matrix, size: int, x, x_steps, y, y_steps, adds=False) -> None:
+        """y = ``how`` by the matrix, in both directions, of size x size vectors at x.
 
-    def _place(self, pointer, offset):
-        return self.builder.bitcast(self.at(pointer, offset), self.vector.as_pointer())
+        Steps are the floats from one row to the next, and from one column. With ``adds``, y is
+        added to what is there.
+        """
+        tile = [[self.load(x, p * x_steps[0] + q * x_steps[1]) for q in range(size)]
+                for p in range(size)]  # fmt: skip
+        columns = [how(matrix, column) for column in zip(*tile, strict=True)]
+        for p, row in enumerate(zip(*columns, strict=True)):
+            for q, value in enumerate(how(matrix, row)):
+                place = p * y_steps[0] + q * y_steps[1]
+                self.store(value + self.load(y, place) if adds else value, y, place)
+
+    def _vector(self, pointer, place: int):
+        return self.builder.bitcast(self.at(pointer, place), self.vector.as_pointer())
 
     def _word(self, number):
         return WORD(number) if isinstance(number, int) else number
@@ -198,45 +203,46 @@ class Steps:
         self.height = 8 if code.lanes == 16 else 4  # registers, for each of so many of its rows
         self.tiles = -(-self.rows * self.across // self.height) * self.height  # room for them
         self.point = self.tiles * channels + GAP  # floats of a point's matrix
+        self.points = SIDE * self.point, self.point  # from one to the next, in each direction
 
     @contextlib.contextmanager
-    def _tiles(self, some):
-        """For each row, tile in the row, and vector of channels: its first channel."""
+    def blocks(self, images):
+        """For each block of ``images`` images: its first row of tiles, and how many it has."""
+        code = self.code
+        rows = code.sum((images, self.across))
+        with code.loop(code.builder.udiv(code.sum(rows, self.rows - 1), WORD(self.rows))) as block:
+            row = code.sum((block, self.rows))
+            yield row, code.minimum(code.builder.sub(rows, row), self.rows)
+
+    @contextlib.contextmanager
+    def _tiles(self, some, points):
+        """For each row, tile in it and vector of channels: these, and the place at a point."""
         code = self.code
         vectors = self.channels // code.lanes
-        with code.loop(some) as i, code.loop(self.across) as j, code.loop(vectors) as k:
-            yield i.index, j.index, code.sum(0, (k.index, code.lanes))
+        with code.loop(some) as i, code.loop(self.across) as j, code.loop(vectors) as vector:
+            k = code.sum((vector, code.lanes))
+            yield i, j, k, code.at(points, (i, self.across * self.channels), (j, self.channels), k)
 
     def read(self, x, row, some, points, matrix: np.ndarray) -> None:
         """points = the transform by ``matrix`` of tiles of x, of its centre if it is smaller."""
         code, size, width = self.code, len(matrix[0]), self.channels
-        padded = (self.side + 2) * width  # floats of a row that is read
-        border = (SIDE - size) // 2
-        with self._tiles(some) as (i, j, k):
+        line = (self.side + 2) * width  # floats of a row of pixels
+        border = (SIDE - size) // 2 * (line + width)
+        with self._tiles(some, points) as (i, j, k, target):
             number = code.sum(row, i)
-            image = code.builder.udiv(number, WORD(self.across))
-            line = code.builder.urem(number, WORD(self.across))
-            corner = (image, (self.side + 2) * padded), (line, TILE * padded), (j, TILE * width)
-            source = code.at(x, code.sum(border * (padded + width), *corner, k))
-            tile = [[code.load(source, p * padded + q * width) for q in range(size)]
-                    for p in range(size)]  # fmt: skip
-            target = code.at(points, code.sum(k, (i, self.across * width), (j, width)))
-            for point, value in enumerate(itertools.chain(*both_ways(to_points, matrix, tile))):
-                code.store(value, target, point * self.point)
+            image, above = (divide(number, WORD(self.across))
+                            for divide in (code.builder.udiv, code.builder.urem))  # fmt: skip
+            corner = (image, (self.side + 2) * line), (above, TILE * line), (j, TILE * width)
+            source = code.at(x, border, *corner, k)
+            code.transform(to_points, matrix, size, source, (line, width), target, self.points)
 
     def write(self, points, y, row, some, adds: bool) -> None:
         """y = A^T points A; with ``adds``, added to what is there."""
         code, width = self.code, self.channels
-        line = TILE * self.side * width  # floats of a row of tiles
-        with self._tiles(some) as (i, j, k):
-            source = code.at(points, code.sum(k, (i, self.across * width), (j, width)))
-            tile = [[code.load(source, (p * SIDE + q) * self.point) for q in range(SIDE)]
-                    for p in range(SIDE)]  # fmt: skip
-            target = code.at(y, code.sum(k, (row, line), (i, line), (j, TILE * width)))
-            for p, values in enumerate(both_ways(from_points, A, tile)):
-                for q, value in enumerate(values):
-                    place = (p * self.side + q) * width
-                    code.store(value + code.load(target, place) if adds else value, target, place)
+        line = self.side * width
+        with self._tiles(some, points) as (i, j, k, source):
+            target = code.at(y, (row, TILE * line), (i, TILE * line), (j, TILE * width), k)
+            code.transform(from_points, A, SIDE, source, self.points, target, (line, width), adds)
 
     def product(self, a, row: int, step: int, b, out, rows: int, count, adds: bool) -> None:
         """out[r] = sum over k < count of a[r * row + k * step] b[k], for r < rows.
@@ -246,38 +252,26 @@ class Steps:
         if there is an even number of tiles to a row.
         """
         code, builder, width = self.code, self.code.builder, self.columns * self.code.lanes
-        unroll = 1 + (self.across % 2 == 0)
+        unroll = 2 - self.across % 2
         with code.loop(rows // self.height) as i, code.loop(self.channels // width) as j:
-            first = code.sum(0, (j.index, width))
-            a = code.at(a, code.sum(0, (i.index, self.height * row)))
-            b = code.at(b, first)
-            out = code.at(out, code.sum(first, (i.index, self.height * self.channels)))
-            places = [(r, v) for r in range(self.height) for v in range(0, width, code.lanes)]
-            sums = [cgutils.alloca_once(builder, code.vector) for _ in places]
-            for total, (r, v) in zip(sums, places, strict=True):
-                start = code.load(out, r * self.channels + v).value if adds else code.zero
-                builder.store(start, total)
+            a = code.at(a, (i, self.height * row))
+            b = code.at(b, (j, width))
+            out = code.at(out, (i, self.height * self.channels), (j, width))
+            sums = {}  # variables, by row and vector
+            for r in range(self.height):
+                for v in range(0, width, code.lanes):
+                    start = code.load(out, r * self.channels + v).value if adds else code.zero
+                    sums[r, v] = cgutils.alloca_once(builder, code.vector)
+                    builder.store(start, sums[r, v])
             with code.loop(builder.udiv(code.sum(count), WORD(unroll))) as block:
-                for more in range(unroll):
-                    k = code.sum(more, (block.index, unroll))
-                    factors = code.at(a, code.sum(0, (k, step)))
-                    vectors = code.at(b, code.sum(0, (k, self.channels)))
-                    for total, (r, v) in zip(sums, places, strict=True):
+                for k in (code.sum((block, unroll), more) for more in range(unroll)):
+                    factors, vectors = code.at(a, (k, step)), code.at(b, (k, self.channels))
+                    for (r, v), total in sums.items():
                         product = code.broadcast(factors, r * row) * code.load(vectors, v)
-                        total_now = Vector(builder, builder.load(total)) + product
-                        builder.store(total_now.value, total)
-            for total, (r, v) in zip(sums, places, strict=True):
+                        product = Vector(builder, builder.load(total)) + product
+                        builder.store(product.value, total)
+            for (r, v), total in sums.items():
                 code.store(Vector(builder, builder.load(total)), out, r * self.channels + v)
-
-    @contextlib.contextmanager
-    def blocks(self, images):
-        """For each block of ``images`` images: its first row of tiles, and how many it has."""
-        code = self.code
-        rows = code.sum(0, (images, self.across))
-        count = code.builder.udiv(code.sum(rows, self.rows - 1), WORD(self.rows))
-        with code.loop(count) as block:
-            row = code.sum(0, (block.index, self.rows))
-            yield row, code.minimum(code.builder.sub(rows, row), self.rows)
 
 
 def convolve(code: Code, channels: int, side: int, adds: bool) -> None:
@@ -288,18 +282,15 @@ def convolve(code: Code, channels: int, side: int, adds: bool) -> None:
     x, u, y, points, images = code.function.args
     steps = Steps(code, channels, side, TILES)
     products = code.at(points, SIDE**2 * steps.point)
-    line = TILE * side * channels
+    line = TILE * side * channels  # floats of a row of tiles
+    share = -(-steps.rows * line // LINE // SIDE**2)  # of the block's lines, for each point
     with steps.blocks(images) as (row, some):
         steps.read(x, row, some, points, BT)
         with code.loop(SIDE**2) as point:
-            # Lines of y that will be written, a share at each point.
-            share = -(-steps.rows * line // LINE // SIDE**2)
             with code.loop(share) as i:
-                place = (row, line), (point.index, share * LINE), (i.index, LINE)
-                code.prefetch(y, code.sum(0, *place), write=True)
-            matrix = code.sum(0, (point.index, steps.point))
-            a, out = code.at(points, matrix), code.at(products, matrix)
-            b = code.at(u, code.sum(0, (point.index, channels**2)))
+                code.prefetch_to_write(code.at(y, (row, line), (point, share * LINE), (i, LINE)))
+            a, out = (code.at(matrices, (point, steps.point)) for matrices in (points, products))
+            b = code.at(u, (point, channels**2))
             steps.product(a, channels, 1, b, out, steps.tiles, channels, adds=False)
         steps.write(products, y, row, some, adds)
     code.builder.ret_void()
@@ -317,24 +308,23 @@ def gradient(code: Code, channels: int, side: int) -> None:
         steps.read(x, row, some, points, BT)
         steps.read(g, row, some, others, A)
         with code.loop(SIDE**2) as point:
-            matrix = code.sum(0, (point.index, steps.point))
-            a, b = code.at(points, matrix), code.at(others, matrix)
-            out = code.at(sums, code.sum(0, (point.index, channels**2)))
-            tiles = code.sum(0, (some, steps.across))
+            a, b = (code.at(matrices, (point, steps.point)) for matrices in (points, others))
+            out, tiles = code.at(sums, (point, channels**2)), code.sum((some, steps.across))
             steps.product(a, 1, channels, b, out, channels, tiles, adds=True)
     code.builder.ret_void()
 
 
-def filters_to_points(code: Code, channels: int) -> None:
-    """u = G g G^T: (9 matrices g, 36 matrices u, two unused, how many floats of each matrix)."""
-    g, u, _, _, count = code.function.args
-    code.square(g, 3, u, to_points, G, channels**2, count)
+def filters(code: Code, channels: int, how, matrix: np.ndarray, size: int, result: int) -> None:
+    """y = the transform of filters: (size^2 matrices x, result^2 matrices y, two unused, floats).
 
-
-def filters_from_points(code: Code, channels: int) -> None:
-    """g = G^T u G: (36 matrices u, 9 matrices g, two unused, how many floats of each matrix)."""
-    u, g, _, _, count = code.function.args
-    code.square(u, SIDE, g, from_points, G, channels**2, count)
+    u = G g G^T and g = G^T u G, of so many floats of each matrix.
+    """
+    x, y, _, _, count = code.function.args
+    steps = [(side * channels**2, channels**2) for side in (size, result)]
+    with code.loop(code.builder.udiv(count, WORD(code.lanes))) as i:
+        source, target = (code.at(pointer, (i, code.lanes)) for pointer in (x, y))
+        code.transform(how, matrix, size, source, steps[0], target, steps[1])
+    code.builder.ret_void()
 
 
 @functools.cache
@@ -358,48 +348,70 @@ def vectors() -> str:
     return {16: "AVX-512", 8: "AVX2", 0: ""}[lanes(processor()[1])]
 
 
-def build(channels: int, side: int, lanes: int) -> ir.Module:
-    """The five functions for images of ``side`` x ``side`` pixels, as many channels in as out."""
-    module = ir.Module()
-    convolve(Code(module, "convolve", lanes), channels, side, adds=False)
-    convolve(Code(module, "convolve_more", lanes), channels, side, adds=True)
-    gradient(Code(module, "gradient", lanes), channels, side)
-    filters_to_points(Code(module, "to_points", lanes), channels)
-    filters_from_points(Code(module, "from_points", lanes), channels)
-    return module
-
-
-def optimized(module: ir.Module, name: str, features: str):
-    """The code for the processor ``name``, and the machine to compile it with."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    target = llvm.Target.from_default_triple()
-    machine = target.create_target_machine(cpu=name, features=features, opt=3, jit=True)
-    code = llvm.parse_assembly(str(module))
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(code, passes)
-    return code, machine
-
-
 class Functions(NamedTuple):
-    """Addresses of the code for a shape, and what must live as long."""
+    """Addresses of the code for a shape."""
 
     convolve: int
     convolve_more: int
     gradient: int
     to_points: int
     from_points: int
-    engine: llvm.ExecutionEngine
+
+
+def build(channels: int, side: int, lanes: int) -> ir.Module:
+    """``Functions`` for images of ``side`` x ``side`` pixels, as many channels in as out."""
+    module = ir.Module()
+    convolve(Code(module, "convolve", lanes), channels, side, adds=False)
+    convolve(Code(module, "convolve_more", lanes), channels, side, adds=True)
+    gradient(Code(module, "gradient", lanes), channels, side)
+    filters(Code(module, "to_points", lanes), channels, to_points, G, 3, SIDE)
+    filters(Code(module, "from_points", lanes), channels, from_points, G, SIDE, 3)
+    return module
+
+
+def target(name: str, features: str) -> llvm.TargetMachine:
+    """What compiles for the processor ``name``."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    triple = llvm.Target.from_default_triple()
+    return triple.create_target_machine(cpu=name, features=features, opt=3, jit=True)
+
+
+def optimized(module: ir.Module, machine: llvm.TargetMachine) -> llvm.ModuleRef:
+    code = llvm.parse_assembly(str(module))
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(code, passes)
+    return code
+
+
+def object_code(channels: int, side: int, folder: Path) -> bytes:
+    """``build`` for this processor, as it is kept in ``folder``, or else is compiled now."""
+    made_of = Path(__file__).read_bytes(), numba.__version__, llvm.llvm_version_info, processor()
+    name = hashlib.sha256(repr((made_of, channels, side)).encode()).hexdigest()
+    kept = folder / f"winograd.{name[:32]}.o"
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged
+        code, is_whole = files.read_sealed(kept)
+        if is_whole:
+            return code
+    machine = target(*processor())
+    code = machine.emit_object(optimized(build(channels, side, lanes(processor()[1])), machine))
+    with contextlib.suppress(OSError), files.whole(kept) as path:
+        path.write_bytes(files.seal(code))
+    return code
+
+
+_engines: list[llvm.ExecutionEngine] = []  # that own the code
 
 
 @functools.cache
 def compiled(channels: int, side: int) -> Functions:
-    """``build`` for this processor."""
-    name, features = processor()
-    module = build(channels, side, lanes(features))
-    engine = llvm.create_mcjit_compiler(*optimized(module, name, features))
+    """The code, loaded; it is kept where Numba keeps the kernels."""
+    code = object_code(channels, side, Path(kernels.convolve.stats.cache_path))
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target(*processor()))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return Functions(*map(engine.get_function_address, Functions._fields[:5]), engine)
+    _engines.append(engine)
+    return Functions(*map(engine.get_function_address, Functions._fields))
 
 
 def fits(shape: tuple[int, ...], channels: int, stride: int) -> bool:
@@ -409,6 +421,19 @@ def fits(shape: tuple[int, ...], channels: int, stride: int) -> bool:
     if not vector or stride != 1 or c != channels or height != width or width % TILE:
         return False
     return c % vector == 0 and (c == vector or c % (2 * vector) == 0)
+
+
+class Tiles(NamedTuple):
+    """What ``kernels`` need for the convolutions of a layer."""
+
+    images: int  # of a part, whose sums are taken together
+    group: int  # images of a part that go through all passes together
+    code: Functions
+    filters: np.ndarray  # working memory: (9, C, C),
+    u: np.ndarray  # the filters at the points, (36, C, C),
+    sums: np.ndarray  # of their gradients for each part, (parts, 36, C, C),
+    padded: np.ndarray  # and of each thread: two groups of images within borders of zeros,
+    points: np.ndarray  # and blocks of tiles at the points
 
 
 class Convolution:
@@ -423,57 +448,25 @@ class Convolution:
         n, c, side, _ = self.out_shape = shape
         image = 4 * c * side * side
         self.images = max(1, min(PART // image, -(-n // threads)))
-        self.group = min(max(1, GROUP // image), self.images)
-        self.functions = compiled(c, side)
-        self.sums = kernels.empty((-(-n // self.images), SIDE**2 * c * c))
-        self.filters, self.u = (kernels.empty((size, c, c)) for size in (9, SIDE**2))
-        self.padded, self.points = _memory(c, side, self.group)
+        group = min(max(1, GROUP // image), self.images)
+        filters, u = (kernels.empty((size, c, c)) for size in (9, SIDE**2))
+        sums = kernels.empty((-(-n // self.images), SIDE**2, c, c))
+        memory = filters, u, sums, *_memory(c, side, group)
+        self.tiles = Tiles(self.images, group, compiled(c, side), *memory)
 
     def convolve(self, x, normalization, shortcut, out, w, h) -> np.ndarray:
         """As ``kernels.convolve``."""
-        return kernels.convolve_by_tiles(
-            self.functions.convolve,
-            self.images,
-            self.group,
-            x,
-            normalization,
-            shortcut,
-            out,
-            self._filters(w, backward=False),
-            h,
-            self.padded,
-            self.points,
-        )
+        w = np.ascontiguousarray(w).reshape(len(w), -1, 9)
+        return kernels.convolve_by_tiles(self.tiles, x, normalization, shortcut, out, w, h)
 
     def gradients(self, g, h, coefficients, x, normalization, out, w, gw, gx, adds) -> np.ndarray:
         """As ``kernels.convolve_backward``."""
-        functions = self.functions
+        w, gw = np.ascontiguousarray(w).reshape(len(w), -1, 9), gw.reshape(len(gw), -1, 9)
         parts = kernels.convolve_backward_by_tiles(
-            functions.gradient,
-            functions.convolve_more if adds else functions.convolve,
-            self.images,
-            self.group,
-            g,
-            h,
-            coefficients,
-            x,
-            normalization,
-            out,
-            self._filters(w, backward=True),
-            self.sums,
-            gx,
-            self.padded,
-            self.points,
+            self.tiles, g, h, coefficients, x, normalization, out, w, gx, adds
         )
-        gw = gw.reshape(len(gw), -1, 9)
-        kernels.filters_from_points(functions.from_points, self.sums[0], self.filters, gw)
+        kernels.filters_from_points(self.tiles, gw)
         return parts
-
-    def _filters(self, w: np.ndarray, backward: bool) -> np.ndarray:
-        """The filters (C, C, 3, 3) at the points, (36, C, C)."""
-        w = np.ascontiguousarray(w).reshape(len(w), -1, 9)
-        kernels.filters_to_points(self.functions.to_points, w, backward, self.filters, self.u)
-        return self.u
 
 
 convolution = functools.cache(Convolution)
@@ -482,7 +475,7 @@ convolution = functools.cache(Convolution)
 @functools.cache
 def _memory(channels: int, side: int, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Of every thread: two groups of images whose borders stay zero, and the points' matrices."""
-    threads = kernels.numba.config.NUMBA_NUM_THREADS
+    threads = config.NUMBA_NUM_THREADS
     padded = kernels.empty((threads, 2, group, side + 2, (side + 2) * channels))
     padded[:] = 0
     tiles = GRADIENT_TILES + side // TILE  # no block has more

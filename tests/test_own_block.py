@@ -1,0 +1,83 @@
+"""An architecture from outside the package, ``preactivation.py``: it gets everything."""
+
+import json
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, python
+from torch.nn import functional as F
+
+from resnet import command, evaluate, functions, network, weights
+from resnet.torch_module import EPS, option_a
+
+SCRIPT = ROOT / "tests" / "preactivation.py"
+PLOTS = {"tables": (), "claims": (), "curves": ("-o", "curves.png"), "report": ("-o", "page.html")}
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """The script's architecture makes itself known here, too; to other tests it is not."""
+    monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
+    runpy.run_path(str(SCRIPT))
+    yield
+    del network.ARCHITECTURES["preact"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Of the new architecture and of the one it is compared with, through their command lines."""
+    out = tmp_path_factory.mktemp("runs")
+    for script in (SCRIPT, "experiments/resnet.py"):
+        done = python(script, "--n", 1, "--data", "synthetic", "--subset", 256, "--epoch", 2,
+                      "--out", out, PYTHONPATH=str(ROOT))  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_it_is_trained_saved_and_loaded_to_the_digit_of_its_log(runs, monkeypatch, capsys):
+    folder = runs / "preact-8-seed0"
+    last = json.loads((folder / "log").read_text())[-1]
+    net, description = weights.restore(folder / "blocks.h5")
+    assert description.architecture == "preact" and "fc/bn" in str([p for p, _ in net.namedlinks()])
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--data", "synthetic"])
+    with pytest.raises(SystemExit) as end:
+        command.run(lambda: evaluate.main() or sys.exit(0))
+    assert end.value.code == 0
+    assert f"{last['test/main/accuracy']:.2%}" in capsys.readouterr().out
+
+
+def test_tables_curves_and_page_have_it_beside_what_it_is_compared_with(runs, tmp_path):
+    """They read the record, and know nothing of the script."""
+    said = {}
+    for name, words in PLOTS.items():
+        done = python(ROOT / f"plots/{name}.py", runs, *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout
+    _, _, table = said["tables"].partition("Not in the report")
+    head, _, row = table.split("\n\n")[2].splitlines()[:3]
+    assert head.startswith("| Layers | ResNet: ours, synthetic | PreAct: ours, synthetic |")
+    assert row.startswith("| 8 | ") and row.count("(1 run)") == 2
+    assert "PreAct-8" in (tmp_path / "page.html").read_text()
+
+
+def test_it_computes_what_pytorch_computes(backend):
+    net = network.ARCHITECTURES["preact"](1, seed=2)
+    net.to_device(backend)
+    x = np.random.RandomState(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
+    y = net(backend.send(x))
+    parameters = {n: torch.tensor(p.array).double() for n, p in net.copy().namedparams()}
+
+    def bn(name, x):
+        gamma, beta = (parameters[f"{name}/{key}"] for key in ("gamma", "beta"))
+        return F.relu(F.batch_norm(x, None, None, gamma, beta, training=True, eps=EPS))
+
+    h = bn("/conv1/bn", F.conv2d(torch.tensor(x).double(), parameters["/conv1/conv/W"], padding=1))
+    for block, stride in (("/conv2/0", 1), ("/conv3/0", 2), ("/conv4/0", 2)):
+        f = F.conv2d(bn(f"{block}/bn1", h), parameters[f"{block}/conv1/W"], None, stride, 1)
+        f = F.conv2d(bn(f"{block}/bn2", f), parameters[f"{block}/conv2/W"], padding=1)
+        h = f + option_a(h, f)
+    expected = bn("/fc/bn", h).mean((2, 3)) @ parameters["/fc/W"].T + parameters["/fc/b"]
+    np.testing.assert_allclose(y.array, expected.numpy(), rtol=1e-4, atol=1e-4)
