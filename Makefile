@@ -50,7 +50,7 @@ test: $(INSTALLED)-test
 	$(BIN)/python -m pytest
 
 # Kills, full disks, damaged files, wrong flags: up to an hour. CAMPAIGN_PART=0.05 is a twentieth.
-campaign: $(VENV)/installed-test
+campaign: $(INSTALLED)-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s -q tests/campaign
 
 # On a machine with a GPU: everything that needs one, what settles most first. With CUDA=12 for CUDA

@@ -22,7 +22,7 @@ from pathlib import Path
 # Python looks for modules beside the script first, and there 'resnet' is another script.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from resnet import command, files, record
+from resnet import command, files, record, run_folder
 from resnet.command import STOPPED, InputError
 from resnet.network import depth
 from resnet.stopping import StopRequest
@@ -149,8 +149,8 @@ class Trainer:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a run folder holds the blocks that are saved at the end."""
-    return (folder / "blocks.h5").exists()
+    """Whether a run folder holds the blocks that are saved at the end, intact."""
+    return run_folder.saved_blocks(folder) is not None
 
 
 def is_taken(folder: Path) -> bool:

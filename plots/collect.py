@@ -42,10 +42,18 @@ def add(runs: Sequence[Path], folder: Path) -> None:
             if not run.identity or run.state == UNFINISHED:
                 print(f"skipped {run.path}: not a complete run", file=sys.stderr)
                 continue
-            if target.exists() and logs.read_run(target / "log").identity != run.identity:
+            if target.exists() and kept(target) != run.identity:
                 raise InputError(f"{target}: another run than {run.path}; legal: another --name")
             record.publish(run.path, target)
             print(f"kept {target}")
+
+
+def kept(folder: Path) -> dict:
+    """What the run is that was kept in a folder."""
+    try:
+        return logs.read_run(folder / "log").identity
+    except ValueError as error:
+        raise InputError(f"{folder}: {error}; legal: remove it, and it is kept again") from None
 
 
 def draw(groups: Sequence[Group], out: Path) -> None:
@@ -104,10 +112,11 @@ def renew(folder: Path, check: bool) -> list[str]:
 
 def main() -> None:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", type=Path, nargs="*", metavar="RUNS", help="runs to be kept")
-    p.add_argument("--name", default="cifar10", help="folder for them (default: %(default)s)")
+    p.add_argument("runs", type=command.path, nargs="*", metavar="RUNS", help="runs to be kept")
+    p.add_argument("--name", type=command.name, default="cifar10",
+                   help="folder for them (default: %(default)s)")  # fmt: skip
     p.add_argument("--check", action="store_true", help="change nothing; fail where it would")
-    p.add_argument("--measured", type=Path, default=MEASURED, metavar="FOLDER",
+    p.add_argument("--measured", type=command.path, default=MEASURED, metavar="FOLDER",
                    help="where the folders are (default: plots/measured)")  # fmt: skip
     args = p.parse_args()
     if args.runs and args.check:

@@ -181,6 +181,7 @@ def read_run(log: Path | str) -> Run:
         whole = False
     if not whole or not all(_is_plain(identity[key]) for key in others):
         raise ValueError("args.json beside it is half-written or not from a training run")
+    files.check_digest(log.parent)
     return Run(log.parent, entries, evaluation, identity, starts)
 
 

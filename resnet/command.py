@@ -55,6 +55,13 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def name(text: str) -> str:
+    """An argument type: what a new folder is called, in a place that is not the user's choice."""
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"found '{text}', legal: letters, digits, '.', '-', '_'")
+    return text
+
+
 def one_line(text: object) -> str:
     """``text`` with line breaks and other characters that do not print written as in Python."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
-import pickle
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -162,14 +161,15 @@ def from_torch(path: Path | str) -> tuple[Network, weights.Description, np.ndarr
     torch = _require("torch", TORCH)
     legal = "legal: a state dict of a CIFAR-10 ResNet with akamaster's names and option A"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content = content.get("state_dict", content)
-        arrays = {name.removeprefix("module."): a.numpy() for name, a in content.items()}
-    except (OSError, RuntimeError, pickle.UnpicklingError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: not a readable state dict ({reason}); {legal}") from None
+        with files.parsing():  # torch can raise anything
+            content = io.BytesIO(files.read(Path(path)))
+            content = torch.load(content, map_location="cpu", weights_only=True)
+            content = content.get("state_dict", content)
+            arrays = {name.removeprefix("module."): a.numpy() for name, a in content.items()}
+    except ValueError as error:
+        raise InputError(f"{path}: not a readable state dict ({error}); {legal}") from None
     n = len({name.split(".")[1] for name in arrays if name.startswith("layer1.")})
-    if not n or len(arrays.get("linear.bias", ())) != len(cifar10.CLASSES):
+    if not n or np.shape(arrays.get("linear.bias")) != (len(cifar10.CLASSES),):
         found = ", ".join(sorted(arrays)[:3])
         raise InputError(f"{path}: found {found} ..; {legal}")
     network = networks.resnet(n)
@@ -182,6 +182,8 @@ def from_torch(path: Path | str) -> tuple[Network, weights.Description, np.ndarr
         if value is None or value.shape != ours.shape:
             found = "nothing" if value is None else value.shape
             raise InputError(f"{path}: {foreign}: found {found}, legal: {ours.shape}")
+        if value.dtype.kind != ours.dtype.kind:
+            raise InputError(f"{path}: {foreign}: found {value.dtype}, legal: {ours.dtype}")
         values[name] = value
     if arrays:
         raise InputError(f"{path}: holds {min(arrays)} too, which is no part of a ResNet; {legal}")

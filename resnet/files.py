@@ -88,6 +88,24 @@ def read_sealed(path: Path) -> tuple[bytes, bool]:
     return body, True
 
 
+def digest(folder: Path, run: dict) -> str:
+    """Compute the sha256 of a run folder's log and of what the run is."""
+    words = json.dumps(run, sort_keys=True).encode()
+    return hashlib.sha256(read(folder / "log") + words).hexdigest()
+
+
+def check_digest(folder: Path) -> None:
+    """Raise ``ValueError`` where a log has changed since the end of its run.
+
+    args.json holds the digest of runs that are complete, from before there was one excepted.
+    """
+    if (folder / "args.json").exists():
+        content = read_json(folder / "args.json")
+        expected = content.get("sha256")
+        if expected is not None and expected != digest(folder, content["run"]):
+            raise ValueError("changed since training ended: the sha256 in args.json differs")
+
+
 @contextlib.contextmanager
 def parsing() -> Iterator[None]:
     """Turn whatever the body raises into a ``ValueError`` of one line.

@@ -153,7 +153,7 @@ class PartialTraining:
                 stage.train()
         if processes.agree(self.stages[-1].is_complete()):
             if processes.rank == 0:
-                self.join()
+                self.join(done=True)
                 with files.whole(self.folder / "blocks.h5") as temporary:
                     shutil.copyfile(self.stages[-1].folder / "blocks.h5", temporary)
             processes.wait()
@@ -165,15 +165,16 @@ class PartialTraining:
         return found is not None and found.groups == GROUPS
 
     def repair_log(self) -> None:
-        """Join the logs of the stages again where the whole one cannot be read."""
+        """Join the logs of the stages again where the whole one has changed."""
         path, iterations = self.folder / "log", self.schedule.iterations
         try:
             run_folder.check_log(files.read_json(path), self.setting.evaluation, iterations)
+            files.check_digest(self.folder)
         except (ValueError, FileNotFoundError):
-            self.join()
+            self.join(done=True)
 
-    def join(self) -> None:
-        """Write one log and one args.json from those of the stages."""
+    def join(self, done: bool = False) -> None:
+        """Write one log and one args.json from those of the stages, of which all may be done."""
         entries, starts = [], []
         iterations = seconds = 0
         for number, stage in enumerate(self.stages, 1):
@@ -200,7 +201,7 @@ class PartialTraining:
         if not entries:
             raise InputError(f"{self.stages[0].folder / 'log'}: missing or damaged")
         run_folder.write_log(self.folder / "log", entries)
-        run_folder.write_record(self.folder, self.identity, starts)
+        run_folder.write_record(self.folder, self.identity, starts, done)
 
 
 def in_a_row(plans: Sequence[schedule.Schedule]) -> schedule.Schedule:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.resources
-import json
 from pathlib import Path
 
 from resnet import command, files, record, weights
@@ -53,8 +52,7 @@ def find(text: str | Path) -> Path:
 
 def card(path: Path) -> str:
     """What is to be known of the network in the folder ``path``, in Markdown, from its record."""
-    log = json.loads((path / "log").read_text())
-    content = json.loads((path / "args.json").read_text())
+    log, content = files.read_json(path / "log"), files.read_json(path / "args.json")
     run, starts = content["run"], content["starts"]
     plan, last = run["schedule"], log[-1]
     evaluation = run["evaluation"]
@@ -95,6 +93,12 @@ def add(run: Path, name: str) -> Path:
     if not (run / "blocks.h5").exists():
         raise InputError(f"{run}: no blocks.h5 in it; legal: the folder of a complete run")
     weights.describe(run / "blocks.h5")
+    try:
+        with files.parsing():  # whether log and args.json hold what a card says
+            card(run)
+            files.check_digest(run)
+    except ValueError as error:
+        raise InputError(f"{run}: its log or args.json is damaged ({error})") from None
     target = folder() / name
     record.publish(run, target)
     with files.whole(target / "blocks.h5") as temporary:
@@ -106,8 +110,12 @@ def add(run: Path, name: str) -> Path:
 
 def main() -> None:
     p = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", type=Path, nargs="?", metavar="RUN", help="the folder of a complete run")
-    p.add_argument("--name", help="what to call it (default: architecture and depth)")
+    p.add_argument(
+        "run", type=command.path, nargs="?", metavar="RUN", help="the folder of a complete run"
+    )
+    p.add_argument(
+        "--name", type=command.name, help="what to call it (default: architecture and depth)"
+    )
     args = p.parse_args()
     if args.run is None:
         print("\n".join(names()) or f"no trained network in {folder()}")

@@ -68,9 +68,17 @@ def read_starts(folder: Path, identity: dict) -> list[dict]:
     return starts
 
 
-def write_record(folder: Path, identity: dict, starts: list[dict]) -> None:
-    """Write args.json: what the run is, and which processes have worked on it."""
-    files.write_json(folder / "args.json", {"run": identity, "starts": starts})
+def write_record(folder: Path, identity: dict, starts: list[dict], done: bool = False) -> None:
+    """Write args.json: what the run is, and which processes have worked on it.
+
+    Args:
+        folder: The run folder.
+        identity: What the run is.
+        starts: Of each process, what it worked with.
+        done: Whether the log is whole; then its digest is kept.
+    """
+    digest = {"sha256": files.digest(folder, identity)} if done else {}
+    files.write_json(folder / "args.json", {"run": identity, "starts": starts, **digest})
 
 
 def saved_blocks(folder: Path) -> weights.Description | None:
@@ -87,9 +95,16 @@ def refuse_other_run(where: str, found: dict, wanted: dict) -> None:
     """Raise ``InputError`` naming the flags of the first thing in which two runs differ."""
     for key in {**wanted, **found}:
         if found.get(key) != wanted.get(key):
+            try:
+                with files.parsing():
+                    holds, asked = flags.spell(key, found, wanted), flags.spell(key, wanted, found)
+            except ValueError:
+                raise InputError(
+                    f"{where}: damaged, as it names an impossible {key}; legal: another --out"
+                ) from None
             raise InputError(
-                f"{where}: holds {flags.spell(key, found, wanted)}, asked for is "
-                f"{flags.spell(key, wanted, found)}; give that run's flags, or another --out"
+                f"{where}: holds {holds}, asked for is {asked}; "
+                "give that run's flags, or another --out"
             )
 
 

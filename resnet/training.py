@@ -284,6 +284,7 @@ class Run:
             processes.wait()  # a launcher may end all when one has ended
             sys.exit(STOPPED)
         if processes.rank == 0:
+            run_folder.write_record(self.folder, self.identity, starts, done=True)
             self._save_blocks(trainer.updater)
         processes.wait()
         report(self.folder, self.setting)
@@ -331,7 +332,7 @@ class Run:
         return found is not None and found.iteration >= self.schedule.iterations
 
     def repair_log(self) -> None:
-        """Write the log of a complete run again, from a snapshot, where it cannot be read.
+        """Write the log of a complete run again, from a snapshot, where it has changed.
 
         Raises:
             InputError: No snapshot holds it.
@@ -339,6 +340,7 @@ class Run:
         path, iterations = self.folder / "log", self.schedule.iterations
         try:
             run_folder.check_log(files.read_json(path), self.setting.evaluation, iterations)
+            files.check_digest(self.folder)
         except (ValueError, FileNotFoundError) as error:
             why = f"{path}: damaged ({reason(error)})"
             found = self._snapshots().read_log(self.setting.evaluation, iterations)
@@ -349,6 +351,8 @@ class Run:
                 ) from None
             entries, snapshot = found
             run_folder.write_log(path, entries)
+            starts = run_folder.read_starts(self.folder, self.identity)
+            run_folder.write_record(self.folder, self.identity, starts, done=True)
             print(f"warning: {why}; written again from {snapshot}", file=sys.stderr)
 
     def _print_header(self, updater: Updater, resumed: Path | None, git: dict | None) -> None:

@@ -26,6 +26,7 @@ from resnet.command import InputError, reason
 from resnet.network import ARCHITECTURES, BLOCKS, GROUPS, Network
 
 IMAGE = (3, 32, 32)  # shape of an image of CIFAR-10
+SIGNATURE = b"\x89HDF\r\n\x1a\n\0"  # and the version of what follows
 ABOUT = {  # attributes for who has an HDF5 reader and nothing of ours; the README has them, too
     "format": "1",
     "input": "RGB images, (N, 3, 32, 32): value / 255 - mean",
@@ -170,6 +171,7 @@ def _open(path: Path | str) -> Iterator[h5py.File]:
         raise InputError(f"{path}: no such file; legal: blocks.h5 of a run")
     try:
         content, sealed = files.read_sealed(path)
+        _check_heaps(content)
         with h5py.File(io.BytesIO(content), "r") as file:
             if bool(file.attrs.get("sealed", False)) != sealed:
                 raise ValueError("changed since it was saved: its sha256 is missing")
@@ -180,6 +182,29 @@ def _open(path: Path | str) -> Iterator[h5py.File]:
         raise InputError(
             f"{path}: damaged, or no file of ours: {reason(error)}; legal: blocks.h5 of a run"
         ) from None
+
+
+def _check_heaps(content: bytes) -> None:
+    """Raise ``ValueError`` where HDF5 would never end: at an object of no size in a heap of texts.
+
+    A heap is GCOL, version, its size, then objects: number, count, size, content (HDF5 file format
+    specification, III.E). With number 0 it is free space, whose size includes these 16 bytes.
+    """
+    if content[:9] != SIGNATURE or content[13:15] != b"\x08\x08":  # bytes of a place, of a size
+        raise ValueError("not HDF5 as h5py writes it")
+    number, start = 0, content.find(b"GCOL")
+    while start >= 0:
+        if (number := number + 1) > 100:
+            raise ValueError("more texts than ours")
+        place, end = start + 16, start + int.from_bytes(content[start + 8 : start + 16], "little")
+        while place + 16 <= min(end, len(content)):
+            used = int.from_bytes(content[place : place + 2], "little")
+            size = int.from_bytes(content[place + 8 : place + 16], "little")
+            size = 16 + (size + 7) // 8 * 8 if used else size
+            if not size:
+                raise ValueError("a text of no size")
+            place += size
+        start = content.find(b"GCOL", start + 4)
 
 
 def _whole(least: int):

@@ -41,7 +41,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=1,batch_sched_delay=1,sched_min_interval=0
-KillWait=20
+KillWait=150
 MinJobAge=3600
 SlurmdParameters=config_overrides
 NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=16 RealMemory=1000
@@ -64,7 +64,13 @@ CONF
 }
 
 down() {
-    scancel --full -u "$(id -un)" 2>/dev/null || true
+    # Jobs first: one that outlives its Slurm would report its end to the next one at this port.
+    scancel -u "$(id -un)" 2>/dev/null || true
+    scancel --full --signal=KILL -u "$(id -un)" 2>/dev/null || true
+    for _ in $(seq 40); do
+        [ -n "$(squeue -h 2>/dev/null)" ] || break
+        sleep 0.25
+    done
     for daemon in slurmd slurmctld munged; do
         pid=$(cat "$folder/run/$daemon.pid" 2>/dev/null) || continue
         kill "$pid" 2>/dev/null || true

@@ -104,6 +104,16 @@ def test_other_runs_and_unrepeatable_ones_are_refused(clean, measured, tmp_path)
     with pytest.raises(InputError, match=r"another run than .*; legal: another --name"):
         collect.add([other], measured / "cifar10")
     assert not (measured / "cifar10/resnet-20-seed3").exists()
+    (measured / "cifar10/resnet-20-seed1/log").write_text("[")
+    with pytest.raises(InputError, match=r"resnet-20-seed1: .*half-written.*; legal: remove it"):
+        collect.add([clean / "resnet-20-seed1"], measured / "cifar10")
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a\nb"])
+def test_a_folder_of_measurements_is_named_in_one_word(name, tmp_path):
+    done = python("plots/collect.py", RUNS, "--measured", tmp_path, "--name", name)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "argument --name: found" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_a_picture_drawn_a_little_otherwise_is_the_same(measured, tmp_path):

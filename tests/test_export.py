@@ -1,6 +1,7 @@
 """Networks that leave for ONNX and PyTorch, and those that come from there."""
 
 import ast
+import contextlib
 import subprocess
 import sys
 
@@ -201,6 +202,11 @@ def without(name):
         (lambda state: b"no tensors", "not a readable state dict"),
         (lambda state: ["a list"], "not a readable state dict"),
         (lambda state: {"fc.weight": torch.zeros(3)}, "found fc.weight .."),
+        (lambda state: {"layer1.": torch.zeros(3), "linear.bias": torch.zeros(())}, "found layer1"),
+        (
+            lambda state: {**state, "bn1.bias": torch.zeros(16, dtype=torch.complex64)},
+            "bn1.bias: found complex64, legal: float32",
+        ),
         (without("layer2.0.bn1.bias"), "layer2.0.bn1.bias: found nothing, legal: (32,)"),
         (lambda state: {**state, "bn1.bias": torch.zeros(8)}, "bn1.bias: found (8,), legal: (16,)"),
         (lambda state: {**state, "layer2.0.shortcut.0.weight": torch.zeros(8)}, "shortcut"),
@@ -214,6 +220,19 @@ def test_other_files_are_refused_in_one_line(tmp_path, spoil, reason):
         export.from_torch(path)
     assert str(error.value).startswith(f"{path}: ") and reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_state_dict_with_flipped_bits_is_one_line_or_a_network(tmp_path):
+    path = tmp_path / "net.th"
+    torch.save(foreign(1)[0].state_dict(), path)
+    content, rng = path.read_bytes(), np.random.RandomState(0)
+    place = content.index(b"data.pkl") + 200
+    for _ in range(200):
+        found = bytearray(content)
+        found[rng.randint(0, place + 5000)] ^= 1 << rng.randint(8)
+        path.write_bytes(found)
+        with contextlib.suppress(InputError):
+            export.from_torch(path)
 
 
 @pytest.mark.parametrize(

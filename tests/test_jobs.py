@@ -1,17 +1,23 @@
 """The batch jobs: what each one runs, and their lives under a real batch system."""
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
+
+from resnet import synthetic
 
 JOBS = sorted((ROOT / "jobs").glob("*.pbs"))
 DEPTHS = {20: 3, 32: 5, 44: 7, 56: 9, 110: 18}
@@ -273,6 +279,16 @@ def test_a_stopped_job_is_no_error_whatever_status_its_launcher_has(tmp_path):
 # Under Slurm
 
 
+def free_port():
+    """The first of two ports of which nobody makes use, as another run of these tests might."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", port))
+            two.bind(("127.0.0.1", port + 1))
+            return port
+
+
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     """The environment of a Slurm of this machine's own."""
@@ -282,8 +298,9 @@ def slurm(tmp_path_factory):
         pytest.skip(f"no batch system: {reason} (see tests/slurm.sh)")
     folder = tmp_path_factory.mktemp("slurm")
     script = ROOT / "tests/slurm.sh"
+    environment = {**os.environ, "SLURM_TEST_PORT": str(free_port())}
     try:
-        subprocess.run([script, "up", folder], check=True, timeout=60)
+        subprocess.run([script, "up", folder], check=True, timeout=60, env=environment)
         yield {"SLURM_CONF": str(folder / "slurm.conf")}
     finally:
         subprocess.run([script, "down", folder], timeout=60)
@@ -315,8 +332,8 @@ def submit(*words):
 
 
 def queued():
-    done = subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
+    done = subprocess.run(["squeue", "-h", "-o", "%i"], capture_output=True, text=True, check=True)
+    return done.stdout.split()
 
 
 def wait_for(condition, seconds):
@@ -368,15 +385,19 @@ def test_a_job_stops_before_its_walltime_and_its_continuations_finish(cluster):
 
 
 def test_a_second_job_is_refused_and_qdel_ends_the_first_for_good(cluster):
-    folder = cluster("--subset 256 --epoch 500 -b 64")
-    run = folder / "runs/resnet-20-seed0"
+    # Few images and a small net: an iteration, an evaluation and a snapshot are short when busy.
+    names = ("train_x", "train_y", "test_x", "test_y")
+    np.savez("images.npz", **dict(zip(names, synthetic.make(256, 16), strict=True)))
+    folder = cluster("--n 1 --epoch 10000 -b 16", DATA="images.npz")
+    run = folder / "runs/resnet-8-seed0"
     first = submit("-l", "nodes=1:ppn=2", "jobs/resnet20.pbs")
-    wait_for(lambda: (run / "log").exists(), 60)
+    wait_for((run / "log").exists, 180)
     second = submit("-l", "nodes=1:ppn=2", "jobs/resnet20.pbs")
-    wait_for(lambda: len(queued()) == 1, 60)
+    wait_for(lambda: second not in queued(), 180)
     assert "is writing to it; legal:" in output(folder, second)
+    assert queued() == [first]
     subprocess.run(["qdel", first], check=True)
-    wait_for(lambda: not queued(), 60)
+    wait_for(lambda: not queued(), 180)
     said = output(folder, first)
     assert "to go on: qsub jobs/resnet20.pbs" in said and "goes on as job" not in said
     assert list(run.glob("snapshot_iter_*.npz"))

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_run, python
 from PIL import Image
 
-from resnet import evaluate, pretrained, record
+from resnet import evaluate, export, functions, pretrained, record
 from resnet.command import InputError
 
 
@@ -60,6 +60,15 @@ def test_evaluate_takes_a_name_and_classifies_images(
     assert "grey.png: brightness" in out
 
 
+def test_the_export_takes_a_name(shelf, finished, tmp_path, monkeypatch, capsys):
+    pretrained.add(finished.folder, "resnet-8")
+    monkeypatch.setattr(functions, "_backend", functions._backend)  # put back afterwards
+    monkeypatch.setattr("sys.argv", ["export", "resnet-8", "--torch", str(tmp_path / "net.pt")])
+    export.main()
+    assert "shelf/resnet-8/blocks.h5: ResNet, 8 layers" in (out := capsys.readouterr().out)
+    assert "same class for 100.00%" in out and (tmp_path / "net.py").exists()
+
+
 def test_the_card_says_how_it_was_made_and_the_record_names_no_path(shelf, finished):
     path = finished.folder / "args.json"
     content = json.loads(path.read_text())
@@ -91,6 +100,14 @@ def test_a_run_that_cannot_be_repeated_is_refused(shelf, finished):
     with pytest.raises(
         InputError, match=r"no blocks\.h5 in it; legal: the folder of a complete run"
     ):
+        pretrained.add(finished.folder, "resnet-8")
+    assert not shelf.exists()
+
+
+@pytest.mark.parametrize("name", ["log", "args.json"])
+def test_a_damaged_run_is_refused_before_anything_of_it_is_kept(name, shelf, finished):
+    (finished.folder / name).write_text("[{}]")
+    with pytest.raises(InputError, match=r"its log or args\.json is damaged"):
         pretrained.add(finished.folder, "resnet-8")
     assert not shelf.exists()
 

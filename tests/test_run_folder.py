@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, flips, interrupted_run, make_run, read_log, stop_after
 
+from plots import logs
 from resnet import files, network, run_folder
 from resnet.command import InputError
 
@@ -206,8 +207,9 @@ def test_an_interrupted_write_leaves_the_older_snapshot(dataset, tmp_path, monke
         lambda log: log.write_text("[" * 100_000),
         lambda log: log.write_text(json.dumps(json.loads(log.read_text())[:-1])),
         lambda log: log.write_text(log.read_text().replace("main/loss", "main/boss")),
+        lambda log: log.write_text(log.read_text().replace('"epoch": 3', '"epoch": 2')),
     ],
-    ids=["missing", "empty", "half", "nested", "an epoch short", "another key"],
+    ids=["missing", "empty", "half", "nested", "an epoch short", "another key", "another digit"],
 )
 def test_a_damaged_log_of_a_complete_run_is_written_again(finished, capsys, spoil):
     log = finished.folder / "log"
@@ -219,6 +221,18 @@ def test_a_damaged_log_of_a_complete_run_is_written_again(finished, capsys, spoi
     assert "already complete" in output.out and "last epoch (3)" in output.out
     (line,) = output.err.splitlines()
     assert line.startswith(f"warning: {log}: damaged (") and "written again from" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [("log", '"epoch": 3', '"epoch": 2'), ("args.json", '"batchsize": 16', '"batchsize": 17')],
+)
+def test_plots_leave_a_complete_run_out_of_which_a_digit_has_changed(finished, name, old, new):
+    path = finished.folder / name
+    assert logs.read_run(finished.folder / "log").identity["batchsize"] == 16
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match="changed since training ended: the sha256"):
+        logs.read_run(finished.folder / "log")
 
 
 def test_a_damaged_log_that_no_snapshot_holds_is_one_line(finished):
@@ -309,6 +323,15 @@ def test_a_folder_of_another_run_is_told_in_flags(dataset, tmp_path, words, hold
         f"{run.folder}: holds {holds}, asked for is {asked}; "
         "give that run's flags, or another --out"
     )
+
+
+@pytest.mark.parametrize("schedule", [None, 3, [], {}, {"name": 3}, {"name": "custom"}])
+def test_a_record_with_an_impossible_schedule_is_one_line(dataset, tmp_path, schedule):
+    run = make_run(dataset, tmp_path)
+    run.folder.mkdir()
+    run_folder.write_record(run.folder, {**run.identity, "schedule": schedule}, [])
+    with pytest.raises(InputError, match="damaged, as it names an impossible schedule"):
+        run.train()
 
 
 def test_unwritable_out_is_refused_before_training(dataset, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, flips
 
-from resnet import network, weights
+from resnet import files, network, weights
 from resnet.command import InputError
 from resnet.export import state
 from resnet.modules import Normalization
@@ -317,6 +317,20 @@ def test_nothing_but_this_networks_own_arrays_is_read(saved, tmp_path):
         assert message in str(error.value) and "\n" not in str(error.value)
         if "mean" not in message:
             assert_same(untouched, network.resnet(1))
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "message"),
+    [(16, bytes(16), "a text of no size"), (0, b"GCOL" * 200, "more texts than ours")],
+    ids=["no size", "too many"],
+)
+def test_texts_that_hdf5_never_ends_to_read_are_refused(saved, place, content, message):
+    path, _ = saved
+    whole = files.read_sealed(path)[0]
+    start = whole.index(b"GCOL") + place  # their heap
+    path.write_bytes(files.seal(whole[:start] + content + whole[start + len(content) :]))
+    with pytest.raises(InputError, match=message):
+        weights.describe(path)
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,13 @@ def some(cases):
     return random.Random(SEED).sample(cases, count)
 
 
-def child(body, before=lambda: None):
+def child(body, before=lambda: None, times=1):
     """Call ``body`` as a command in a forked process, which then ends.
+
+    Args:
+        body: The command.
+        before: Called first.
+        times: How many times ``SECONDS`` it may take.
 
     Returns:
         Its exit status, negative for a signal and None for one that hangs; what it wrote to stderr.
@@ -53,13 +58,13 @@ def child(body, before=lambda: None):
             finally:
                 sys.stderr.flush()
                 os._exit(status)
-        status = _wait(pid)
+        status = _wait(pid, times * SECONDS)
         said.seek(0)
         return status, said.read().decode(errors="replace")
 
 
-def _wait(pid):
-    end = time.monotonic() + SECONDS
+def _wait(pid, seconds):
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
@@ -131,7 +136,8 @@ def read_damaged(area, read, mutants, same):
 
     while done < len(mutants):
         place.write_text("")
-        status, _ = child(read_on, lambda: sys.addaudithook(watch_code))
+        # The alarm ends one that hangs, even where it never comes back to Python.
+        status, _ = child(read_on, lambda: sys.addaudithook(watch_code), len(mutants) - done + 1)
         words = place.read_text().splitlines()
         ends = {0: None, -signal.SIGALRM: "hang", None: "hang", 71: "code"}
         if (end := ends.get(status, "crash")) is not None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import chainer
 import h5py
 import harness
+import matplotlib.pyplot  # noqa: F401 once, and not in each child
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -41,7 +42,17 @@ from harness import (
 from PIL import Image
 
 from plots import logs
-from resnet import cifar10, evaluate, files, flags, stopping, synthetic, training, weights
+from resnet import (
+    cifar10,
+    evaluate,
+    files,
+    flags,
+    record,
+    stopping,
+    synthetic,
+    training,
+    weights,
+)
 from resnet.command import InputError
 from resnet.partial_training import PartialTraining
 
@@ -89,9 +100,19 @@ def test_the_campaign_sees_what_it_looks_for(monkeypatch):
 
 @functools.cache
 def tiny():
-    arrays = synthetic.make(16, 8)
+    arrays = synthetic.make(8, 4)
     names = tuple("abcdefghij")
     return cifar10.Dataset("tiny", *arrays, names, "made by the tests", cifar10.digest(*arrays))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_record():
+    """Ask for packages and commit once: half of the time of so short a training."""
+    packages, git = record.packages(), record.git_state()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "packages", lambda: packages)
+        patch.setattr(record, "git_state", lambda: git)
+        yield
 
 
 EXPERIMENTS = ("plain", "resnet", "resresnet", "top-down", "bottom-up")
@@ -100,7 +121,7 @@ EXPERIMENTS = ("plain", "resnet", "resresnet", "top-down", "bottom-up")
 def make_run(experiment, out):
     """A run of a few iterations, with a snapshot after each."""
     parser = flags.add_schedule(flags.parser(""))
-    words = ["--n", "1", "-b", "8", "--epoch", "2", "--snapshot-interval", "0", "--out", str(out)]
+    words = ["--n", "1", "-b", "4", "--epoch", "2", "--snapshot-interval", "0", "--out", str(out)]
     args = parser.parse_args([*words, "--warmup", "off"])
     args.stage, args.scale, args.freeze, args.new_ends = None, 1.0, False, False
     setting = training.Setting(args, tiny(), "test", chainer.get_device("@numpy"), "chainer")
@@ -348,24 +369,30 @@ def test_damaged_images(kind, tmp_path):
     read_damaged(area, read, mutants(area, content.getvalue(), 200), None)
 
 
+@pytest.mark.parametrize("digest", [True, False], ids=["digest", "none"])
 @pytest.mark.parametrize("name", ["log", "args.json"])
-def test_damaged_logs_in_plots(name, whole, tmp_path):
+def test_damaged_logs_in_plots(name, digest, whole, tmp_path):
     _, folder = whole("resnet")
-    for each in ("log", "args.json"):
-        (tmp_path / each).write_bytes((folder / each).read_bytes())
-    content = (folder / name).read_bytes()
+    (tmp_path / "log").write_bytes((folder / "log").read_bytes())
+    arguments = json.loads((folder / "args.json").read_text())
+    if not digest:  # as of a run that is not complete
+        del arguments["sha256"]
+    (tmp_path / "args.json").write_text(json.dumps(arguments))
+    content = (tmp_path / name).read_bytes()
 
     def read(_, content):
         (tmp_path / name).write_bytes(content)
-        logs.read([tmp_path])
+        ((run,),) = (group.runs for group in logs.read([tmp_path]))
+        return run.entries, run.identity
 
-    area = f"{name} in plots"
-    read_damaged(area, read, mutants(area, content, change=damage_json), None)
+    area, expected = f"{name} in plots{'' if digest else ', no digest'}", read(0, content)
+    damaged = mutants(area, content, change=damage_json)
+    read_damaged(area, read, damaged, (lambda found: found == expected) if digest else None)
 
 
 @pytest.mark.parametrize("name", ["log", "args.json"])
 def test_a_damaged_log_beside_whole_blocks(name, whole, tmp_path):
-    """The log is made again where it cannot be read; what it says has no digest."""
+    """The log is made again where its digest differs, or args.json is refused."""
     _, folder = whole("resnet")
     area = f"{name} of a complete run"
     own = tmp_path / folder.name
@@ -375,9 +402,11 @@ def test_a_damaged_log_beside_whole_blocks(name, whole, tmp_path):
     def read(_, content):
         (own / name).write_bytes(content)
         run.train()
+        return (own / "log").read_bytes()
 
-    content = (folder / name).read_bytes()
-    read_damaged(area, read, mutants(area, content, 300, damage_json), None)
+    content, log = (folder / name).read_bytes(), (folder / "log").read_bytes()
+    damaged = mutants(area, content, 300, damage_json)
+    read_damaged(area, read, damaged, lambda found: found == log)
 
 
 # Flags
@@ -393,6 +422,10 @@ COMMANDS = {
     "plots/tables.py": ["RUNS"],
     "plots/figures.py": ["RUNS"],
     "plots/report.py": ["RUNS"],
+    "plots/claims.py": ["RUNS"],
+    "plots/collect.py": ["--check", "--measured", "FOLDER"],
+    "resnet.export": ["BLOCKS", "--data", "synthetic", "--h5", "blocks.h5"],
+    "resnet.pretrained": ["nowhere"],
 }
 HOSTILE = (
     "", "--", "-", "-1", "0", "1", "9" * 30, "9" * 5000, "1e308", "-1e308", "nan", "inf", "1e-320",
