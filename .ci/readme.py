@@ -1,4 +1,4 @@
-"""Run the commands of the README and of jobs/README.md, so that they cannot rot.
+"""Run the commands of every page, so that they cannot rot.
 
 Blocks fenced as ```sh run are run, in their order, each from the top of the checkout with the
 project's environment first on the PATH; blocks fenced as plain ```sh need a GPU, a download or a
@@ -12,15 +12,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"^```sh run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def main() -> None:
     path = f"{ROOT / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"
-    for page in ("README.md", "jobs/README.md"):
-        text = (ROOT / page).read_text()
-        blocks = re.findall(r"^```sh run\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-        if not blocks:
-            sys.exit(f"{page}: no block fenced as ```sh run")
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True)
+    pages = sorted(listed.stdout.split(), key=lambda page: (page.count("/"), page))
+    found = {page: BLOCK.findall((ROOT / page).read_text()) for page in pages}
+    if not found.get("README.md"):
+        sys.exit("README.md: no block fenced as ```sh run")
+    for page, blocks in found.items():
         for block in blocks:
             print(f"---- {page}\n{block.rstrip()}", flush=True)
             script = ["bash", "-euo", "pipefail", "-c", block]

@@ -141,9 +141,9 @@ def test_a_file_explains_itself_to_who_has_h5py_and_numpy_alone(architecture, tm
         assert file.attrs["epsilon"] == net.conv1.bn.eps
 
 
-def test_the_readme_explains_every_attribute_of_a_file(saved):
+def test_the_page_explains_every_attribute_of_a_file(saved):
     path, _ = saved
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "resnet/README.md").read_text()
     with h5py.File(path) as file:
         missing = [name for name in file.attrs if f"`{name}`" not in text]
     assert not missing

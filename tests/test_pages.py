@@ -1,0 +1,43 @@
+"""The pages: what they name is there, and the map of the library is whole."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+PAGES = sorted(
+    page.relative_to(ROOT)
+    for page in ROOT.rglob("README.md")
+    if not any(part.startswith(".") or part in ("runs", "demo") for part in page.parts)
+)
+MAP = ROOT / "resnet" / "README.md"
+
+
+def test_the_map_of_the_library_names_each_file_and_no_other():
+    _, _, text = MAP.read_text().partition("## Which file has what\n")
+    text, _, _ = text.partition("\n## ")
+    entries = [entry.partition(":")[0] for entry in text.split("\n- ")[1:]]
+    named = [name for entry in entries for name in re.findall(r"`([^`]+)`", entry)]
+    folder = MAP.parent
+    files = {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.suffix in (".py", ".cu") and "pretrained" not in path.parts
+    }
+    rooms = {"backends/__init__.py", "backends/cpu/__init__.py", "backends/gpu/__init__.py"}
+    assert sorted(named) == sorted(files - rooms)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_no_line_of_a_page_is_too_long(page):
+    long = [line for line in (ROOT / page).read_text().splitlines() if len(line) > 120]
+    assert not long
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_a_page_links_to_what_is_there(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+    for name in re.findall(r"`((?:resnet|experiments|plots|jobs|tests)/[\w/.-]+\.\w+)`", text):
+        assert (ROOT / name).exists(), name
