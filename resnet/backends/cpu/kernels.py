@@ -34,31 +34,24 @@ _compile = numba.njit(parallel=_PARALLEL, cache=True, fastmath={"contract", "rea
 _inline = numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
 
 
-@intrinsic
-def _set_handle(typing, function, memory, data):
-    """``dnnl_memory_set_data_handle`` at the address ``function``."""
-
-    def generate(context, builder, signature, arguments):
-        address, *rest = arguments
-        word = ir.IntType(64)
-        kind = ir.FunctionType(ir.IntType(32), [word, word])
-        return builder.call(builder.inttoptr(address, kind.as_pointer()), rest)
-
-    return types.int32(types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-def _execute(typing, function, primitive, stream, count, arguments):
-    """``dnnl_primitive_execute`` at the address ``function``."""
-
-    def generate(context, builder, signature, arguments):
-        address, primitive, stream, count, rest = arguments
-        word, integer = ir.IntType(64), ir.IntType(32)
-        kind = ir.FunctionType(integer, [word, word, integer, word])
-        function = builder.inttoptr(address, kind.as_pointer())
-        return builder.call(function, [primitive, stream, builder.trunc(count, integer), rest])
-
-    return types.int32(*[types.int64] * 5), generate
+# oneDNN's functions, by the names under which ``primitives.library`` makes them known to LLVM.
+FUNCTIONS = "dnnl_memory_set_data_handle", "dnnl_primitive_execute"
+_set_handle = types.ExternalFunction(FUNCTIONS[0], types.int32(types.int64, types.int64))
+_execute = types.ExternalFunction(
+    FUNCTIONS[1], types.int32(types.int64, types.int64, types.int32, types.int64)
+)
+CALL = (
+    np.dtype(  # a primitive, ready to be run on arrays; addresses, and the status of its last run
+        [
+            ("primitive", np.int64),
+            ("stream", np.int64),
+            ("count", np.int64),  # of its arguments
+            ("arguments", np.int64),
+            ("memories", np.int64, 4),  # of each argument, to be pointed at an array
+            ("status", np.int64),
+        ]
+    )
+)
 
 
 @intrinsic
@@ -112,25 +105,27 @@ def _flat(x):
 
 
 @_inline
-def execute(call, a, b, c, scratch):
-    """Run a primitive on arrays.
+def _run_primitive(call):
+    return _execute(call.primitive, call.stream, np.int32(call.count), call.arguments)
 
-    ``call`` has the status of its last run, the addresses of two functions, the primitive, a
-    stream, the number of arguments, their address, and a memory object for each of them.
-    """
-    _set_handle(call[1], call[7], a.ctypes.data)
-    _set_handle(call[1], call[8], b.ctypes.data)
-    _set_handle(call[1], call[9], c.ctypes.data)
-    _set_handle(call[1], call[10], scratch.ctypes.data)
-    call[0] = _execute(call[2], call[3], call[4], call[5], call[6])
+
+@_inline
+def execute(call, a, b, c, scratch):
+    """Run a primitive of three arguments and working memory; ``call`` is a ``CALL``."""
+    memories = call.memories
+    _set_handle(memories[0], a.ctypes.data)
+    _set_handle(memories[1], b.ctypes.data)
+    _set_handle(memories[2], c.ctypes.data)
+    _set_handle(memories[3], scratch.ctypes.data)
+    call.status = _run_primitive(call)
 
 
 @_inline
 def reorder(call, source, target):
-    """Run a primitive that has these two arguments."""
-    _set_handle(call[1], call[7], source.ctypes.data)
-    _set_handle(call[1], call[8], target.ctypes.data)
-    _check(_execute(call[2], call[3], call[4], call[5], call[6]))
+    """Run a primitive of these two arguments; ``call`` is a ``CALL``."""
+    _set_handle(call.memories[0], source.ctypes.data)
+    _set_handle(call.memories[1], target.ctypes.data)
+    _check(_run_primitive(call))
 
 
 @_inline
@@ -142,7 +137,7 @@ def _check(status):
 @_inline
 def _check_all(calls):
     for k in range(len(calls)):
-        _check(calls[k, 0])
+        _check(calls[k].status)
 
 
 @_inline
@@ -282,7 +277,7 @@ def convolve(forward, images, x, normalization, shortcut, out, w, h, work, scrat
         work: (threads, floats); the first ``scratch`` of a thread's are the convolution's.
     """
     calls, weights = forward.parts, forward.weights
-    reorder(forward.reorder, w, weights)
+    reorder(forward.reorder[0], w, weights)
     parts = np.zeros((len(calls), 2, h.shape[2]), np.float64)
     for k in numba.prange(len(calls)):
         own = work[numba.get_thread_id()]
@@ -354,7 +349,7 @@ def convolve_backward(
     """
     weights_parts, gws = weights.parts, weights.weights
     data_parts, ws = data.parts, data.weights
-    reorder(data.reorder, w, ws)
+    reorder(data.reorder[0], w, ws)
     parts = np.zeros((len(data_parts), 2, x.shape[2]), np.float64)
     for k in numba.prange(len(data_parts)):
         own = work[numba.get_thread_id()]
@@ -384,7 +379,7 @@ def convolve_backward(
     _check_all(weights_parts)
     _check_all(data_parts)
     _sum_rows(gws)
-    reorder(weights.reorder, gws[0], gw)
+    reorder(weights.reorder[0], gws[0], gw)
     return parts
 
 

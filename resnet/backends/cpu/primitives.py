@@ -22,6 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 try:
+    import llvmlite.binding
+
     from resnet.backends.cpu import kernels
 except ImportError:  # without Numba
     kernels = None
@@ -83,6 +85,8 @@ def library() -> ctypes.CDLL:
     lib.dnnl_primitive_desc_query_md.argtypes = (c_void_p, c_int, c_int)
     lib.dnnl_memory_desc_get_size.restype = c_size_t
     lib.dnnl_memory_desc_get_size.argtypes = (c_void_p,)
+    for name in kernels.FUNCTIONS if kernels else ():  # what is compiled calls them by name
+        llvmlite.binding.add_symbol(name, ctypes.cast(getattr(lib, name), c_void_p).value)
     return lib
 
 
@@ -151,15 +155,13 @@ class _Primitive:
         self.arguments = (_Argument * len(arguments))(*(_Argument(i, m) for (i, _), m in pairs))
         self.stream = _create("dnnl_stream_create", _engine(), ctypes.c_uint(IN_ORDER))
 
-    def call(self) -> list[int]:
-        """What ``kernels.execute`` needs."""
-        lib = library()
-        functions = lib.dnnl_memory_set_data_handle, lib.dnnl_primitive_execute
-        set_handle, execute = (ctypes.cast(function, c_void_p).value for function in functions)
-        address = ctypes.addressof(self.arguments)
-        memories = [memory.value for memory in self.memories]
-        handles = [self.primitive.value, self.stream.value, len(self.arguments), address]
-        return [0, set_handle, execute, *handles, *memories]
+    def call(self) -> np.ndarray:
+        """A ``kernels.CALL`` of it, (1,)."""
+        call = np.zeros(1, kernels.CALL)
+        call["primitive"], call["stream"] = self.primitive.value, self.stream.value
+        call["count"], call["arguments"] = len(self.arguments), ctypes.addressof(self.arguments)
+        call["memories"][0, : len(self.memories)] = [memory.value for memory in self.memories]
+        return call
 
 
 def _reorder(source: c_void_p, target: c_void_p) -> _Primitive:
@@ -219,8 +221,8 @@ class _Descriptors:
 class Calls(NamedTuple):
     """How ``kernels`` computes a convolution, part by part of the batch."""
 
-    parts: np.ndarray  # a call, as kernels.execute takes it, for each part
-    reorder: np.ndarray  # the call that reorders the weights, or their gradient
+    parts: np.ndarray  # a kernels.CALL for each part
+    reorder: np.ndarray  # the one that reorders the weights, or their gradient; (1,)
     weights: np.ndarray  # the reordered weights; of the gradient, a row for each part
 
 
@@ -325,7 +327,7 @@ class Convolution:
             calls.append(self._primitives[-1].call())
         self._primitives.append(_reorder(*layouts))
         reorder = self._primitives[-1].call()
-        return Calls(np.array(calls), np.array(reorder), np.empty(shape, np.float32))
+        return Calls(np.concatenate(calls), reorder, np.empty(shape, np.float32))
 
 
 @functools.cache
