@@ -98,7 +98,7 @@ def main() -> None:
     print("| pass | ms | share |\n| --- | --- | --- |")
     for seconds, what in rows:
         if seconds > 0:
-            print(f"| {what} | {1e3 * seconds:.1f} | {seconds / total:.0%} |")
+            print(f"| {what} | {1e3 * seconds:.2f} | {seconds / total:.0%} |")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from conftest import ROOT, python, read_blocks, read_log
 from PIL import Image
 
 from resnet import evaluate
+from resnet.network import ARCHITECTURES
 
 SMALL = ("--n", "1", "--data", "synthetic", "--subset", "256", "-e", "2", "-b", "64", "-d", "cpu")
 
@@ -32,6 +33,7 @@ def runs(tmp_path_factory):
         ("plain",),
         ("resnet",),
         ("resresnet",),
+        ("highway",),
         ("partial_training", "--order", "top-down"),
         ("partial_training", "--order", "bottom-up"),
     ):
@@ -43,8 +45,8 @@ def runs(tmp_path_factory):
 
 def test_every_experiment_says_what_it_trains_and_leaves_a_run_folder(runs):
     out, printed = runs
-    folders = {"plain-8", "resnet-8", "resresnet-8", "top_down-8", "bottom_up-8"}
-    assert {path.name for path in out.iterdir()} == {f"{name}-seed0" for name in folders}
+    names = (*ARCHITECTURES, "top_down", "bottom_up")
+    assert {path.name for path in out.iterdir()} == {f"{name}-8-seed0" for name in names}
     for text in printed.values():
         for word in ("Device: CPU", "Backend: ", "# Network: ", "parameters", "# Seed: 0",
                      "synthetic", "NOT CIFAR-10", "last epoch", "best epoch"):  # fmt: skip
@@ -71,6 +73,7 @@ def test_tables_figures_and_page_are_made_from_the_runs(runs, tmp_path):
     assert done.returncode == 0
     for name in ("Plain-8", "ResNet-8", "ResResNet-8", "Top-down-8", "Bottom-up-8"):
         assert name in done.stdout
+    assert "Highway: ours, synthetic" in done.stdout
     done = python("plots/curves.py", out, "-o", tmp_path / "curves.png")
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "curves.png") as picture:
@@ -78,6 +81,15 @@ def test_tables_figures_and_page_are_made_from_the_runs(runs, tmp_path):
     done = python("plots/report.py", out, "-o", tmp_path / "report.html")
     assert done.returncode == 0, done.stderr
     assert "python experiments/partial_training.py" in (tmp_path / "report.html").read_text()
+
+
+def test_a_saved_network_reaches_the_accuracy_of_its_log_to_the_digit(runs):
+    out, _ = runs
+    for name in (*ARCHITECTURES, "top_down", "bottom_up"):
+        last = read_log(out / f"{name}-8-seed0")[-1]["test/main/accuracy"]
+        done = python("-m", "resnet.evaluate", out / f"{name}-8-seed0", "--data", "synthetic")
+        assert done.returncode == 0, done.stderr
+        assert f"accuracy: {last:.2%} ({round(1000 * last)} of 1,000 images)" in done.stdout
 
 
 def test_the_same_command_again_trains_nothing(runs):

@@ -43,7 +43,7 @@ def test_last_and_best_epoch_are_told_apart(finished, capsys):
     for entry, accuracy in zip(log, (0.5, 0.75, 0.25), strict=True):
         entry["test/main/accuracy"] = accuracy
     (folder / "log").write_text(json.dumps(log))
-    finished.train()
+    training.report(folder, finished.setting)
     out = capsys.readouterr().out
     assert "last epoch (3): 25.00%" in out
     assert "best epoch (2): 75.00%" in out
