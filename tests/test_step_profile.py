@@ -10,8 +10,11 @@ from resnet.backends.cpu import onednn
 pytestmark = pytest.mark.skipif(not onednn.available()[0], reason=onednn.available()[1])
 
 
-def test_the_passes_of_a_step_add_up_to_it():
-    words = "experiments/step_profile.py", "--n", 1, "--steps", 2, "--backend", "onednn"
+@pytest.mark.parametrize("name", ["onednn", "winograd"])
+def test_the_passes_of_a_step_add_up_to_it(name):
+    if not onednn.available(by_tiles=name == "winograd")[0]:
+        pytest.skip("this processor has no AVX2")
+    words = "experiments/step_profile.py", "--n", 1, "--steps", 2, "--backend", name
     done = python(*words, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     total = float(re.search(r"(\d+) ms a step", done.stdout).group(1))

@@ -41,6 +41,7 @@ GROUP = 1 << 16  # bytes of images whose passes before and after are taken toget
 PART = 1 << 19  # bytes of images whose gradients of the filters are summed together
 GAP = 16  # floats between the points' matrices: else their addresses share a set of the cache
 LINE = 16  # floats of a cache line
+KEPT = Path(kernels.convolve.stats.cache_path)  # where Numba keeps its kernels: the code beside
 
 FLOAT, WORD, INTEGER = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 POINTER, BYTES = FLOAT.as_pointer(), ir.IntType(8).as_pointer()
@@ -406,7 +407,7 @@ _engines: list[llvm.ExecutionEngine] = []  # that own the code
 @functools.cache
 def compiled(channels: int, side: int) -> Functions:
     """The code, loaded; it is kept where Numba keeps the kernels."""
-    code = object_code(channels, side, Path(kernels.convolve.stats.cache_path))
+    code = object_code(channels, side, KEPT)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target(*processor()))
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
