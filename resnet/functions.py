@@ -16,7 +16,7 @@ import chainer
 from chainer import links  # noqa: F401  chainer.links is an attribute only once it is imported
 
 from resnet.backends.cpu import onednn
-from resnet.backends.gpu import cuda
+from resnet.backends.gpu import capture, cuda
 from resnet.backends.gpu.cudnn import PRECISIONS
 from resnet.backends.reference import REFERENCE
 
@@ -53,7 +53,7 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
             raise ValueError(reason)
         if not gpu:
             raise ValueError("computes on a GPU; legal: with --device 0")
-        _backend = cuda.Cuda(precision or "tf32")
+        _backend = capture.Recorded(precision or "tf32")
         return _backend.describe()
     if name in ("onednn", "winograd"):
         if gpu:

@@ -90,10 +90,10 @@ class Network(chainer.Chain):
         with self.init_scope():
             self.conv1 = architecture.stem(first, rngs[0])
             for name, shape, rng in zip(BLOCKS, shapes, rngs[1:], strict=False):
-                block = AbsentBlock(*shape)
                 if name in present:
-                    block = architecture.block(n, *shape, rng, architecture.module)
-                setattr(self, name, block)
+                    setattr(self, name, architecture.block(n, *shape, rng, architecture.module))
+                else:
+                    setattr(self, name, AbsentBlock(*shape))
             self.fc = architecture.head(third, classes, rngs[-1])
 
     @property
@@ -146,21 +146,27 @@ class Architecture:
         return Network(self, n, seed, present, classes)
 
 
-F = "F = bn2(conv2(ReLU(bn1(conv1(x)))))"
-plain = Architecture("plain network", "Plain", f"{F}; ReLU(F)", PlainModule)  # report, Fig. 1, 2a
-resnet = Architecture("ResNet", "ResNet", f"{F}; ReLU(F + A(x))", ResidualModule)  # report, II
-resresnet = Architecture(  # report, III.A
-    "ResResNet",
-    "ResResNet",
-    f"{F}; ReLU(F + A(x)); a block's output y is ReLU(y + A(x)), x its input",
-    ResidualModule,
-    ResidualBlock,
+TWO_LAYERS = "F = bn2(conv2(ReLU(bn1(conv1(x)))))"
+ARCHITECTURES = {
+    # The report, Fig. 1 and 2a; II; III.A.
+    "plain": Architecture("plain network", "Plain", f"{TWO_LAYERS}; ReLU(F)", PlainModule),
+    "resnet": Architecture("ResNet", "ResNet", f"{TWO_LAYERS}; ReLU(F + A(x))", ResidualModule),
+    "resresnet": Architecture(
+        "ResResNet",
+        "ResResNet",
+        f"{TWO_LAYERS}; ReLU(F + A(x)); a block's output y is ReLU(y + A(x)), x its input",
+        ResidualModule,
+        ResidualBlock,
+    ),
+    # Not trained in the report.
+    "highway": Architecture(
+        "Highway network",
+        "Highway",
+        f"{TWO_LAYERS}; H = ReLU(F), T = sigmoid(gate(x)), gate with bias b: H T + A(x) (1 - T)",
+        HighwayModule,
+        beside="resnet",
+    ),
+}
+plain, resnet, resresnet, highway = (
+    ARCHITECTURES[name] for name in ("plain", "resnet", "resresnet", "highway")
 )
-highway = Architecture(  # not in the report
-    "Highway network",
-    "Highway",
-    f"{F}; H = ReLU(F), T = sigmoid(gate(x)), gate with bias b: H T + A(x) (1 - T)",
-    HighwayModule,
-    beside="resnet",
-)
-ARCHITECTURES = {"plain": plain, "resnet": resnet, "resresnet": resresnet, "highway": highway}

@@ -166,10 +166,9 @@ class PartialTraining:
 
     def repair_log(self) -> None:
         """Join the logs of the stages again where the whole one has changed."""
-        path, iterations = self.folder / "log", self.schedule.iterations
+        evaluation, iterations = self.setting.evaluation, self.schedule.iterations
         try:
-            run_folder.check_log(files.read_json(path), self.setting.evaluation, iterations)
-            files.check_digest(self.folder)
+            run_folder.check_kept_log(self.folder, evaluation, iterations)
         except (ValueError, FileNotFoundError):
             self.join(done=True)
 

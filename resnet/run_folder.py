@@ -136,6 +136,17 @@ def check_log(entries: object, evaluation: str, iterations: int | None = None) -
         raise ValueError(f"ends at iteration {ends}, legal: {iterations}")
 
 
+def check_kept_log(folder: Path, evaluation: str, iterations: int) -> None:
+    """Raise where the log of a complete run is not the one that was written.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ValueError: It is no log, ends elsewhere than at ``iterations``, or its digest differs.
+    """
+    check_log(files.read_json(folder / "log"), evaluation, iterations)
+    files.check_digest(folder)
+
+
 class Snapshots(training.Extension):
     """Keeps the whole state of a training run in files ``snapshot_iter_N.npz``.
 

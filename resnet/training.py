@@ -339,8 +339,7 @@ class Run:
         """
         path, iterations = self.folder / "log", self.schedule.iterations
         try:
-            run_folder.check_log(files.read_json(path), self.setting.evaluation, iterations)
-            files.check_digest(self.folder)
+            run_folder.check_kept_log(self.folder, self.setting.evaluation, iterations)
         except (ValueError, FileNotFoundError) as error:
             why = f"{path}: damaged ({reason(error)})"
             found = self._snapshots().read_log(self.setting.evaluation, iterations)

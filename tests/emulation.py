@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from resnet import functions
-from resnet.backends.gpu import cuda, cudnn
+from resnet.backends.gpu import capture, cuda, cudnn
 
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")
@@ -382,7 +382,7 @@ def install(monkeypatch, precision="tf32"):
     monkeypatch.setattr(cuda, "_module", lambda: module)
     monkeypatch.setattr(cuda, "_function", module.get_function)
     monkeypatch.setattr(cuda, "_arrived", functools.cache(cuda._arrived.__wrapped__))
-    monkeypatch.setattr(functions, "_backend", cuda.Cuda(precision))
+    monkeypatch.setattr(functions, "_backend", capture.Recorded(precision))
     monkeypatch.setattr(cudnn, "frontend", lambda: frontend)
     monkeypatch.setattr(cudnn, "_create_handle", frontend.create_handle)
     monkeypatch.setattr(cudnn, "compute_capability", lambda: CAPABILITY)

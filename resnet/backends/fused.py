@@ -56,6 +56,10 @@ class Layer:
         self.shortcut = shortcut
         self.counts = True  # for the running averages: once, however often it is computed
 
+    def counted(self) -> None:
+        """Note that it has been computed, so that the running averages move no more."""
+        self.counts = self.counts and not chainer.config.train
+
 
 class Unfinished(chainer.Variable):
     """A variable that is an operation on others until somebody looks at it.
@@ -197,7 +201,7 @@ class Fused(Reference):
         h = self.convolve(layer.x, layer.W, layer.stride)
         with chainer.using_config("in_recomputing", not layer.counts):
             y = super().normalization(h, layer.bn)
-        layer.counts = layer.counts and not chainer.config.train
+        layer.counted()
         if layer.shortcut is not None:
             y += widened(self.float32(layer.shortcut), y)
         return F.relu(y)

@@ -40,17 +40,16 @@ _set_handle = types.ExternalFunction(FUNCTIONS[0], types.int32(types.int64, type
 _execute = types.ExternalFunction(
     FUNCTIONS[1], types.int32(types.int64, types.int64, types.int32, types.int64)
 )
-CALL = (
-    np.dtype(  # a primitive, ready to be run on arrays; addresses, and the status of its last run
-        [
-            ("primitive", np.int64),
-            ("stream", np.int64),
-            ("count", np.int64),  # of its arguments
-            ("arguments", np.int64),
-            ("memories", np.int64, 4),  # of each argument, to be pointed at an array
-            ("status", np.int64),
-        ]
-    )
+# A primitive, ready to be run on arrays: addresses, and the status of its last run.
+CALL = np.dtype(
+    [
+        ("primitive", np.int64),
+        ("stream", np.int64),
+        ("count", np.int64),  # of its arguments
+        ("arguments", np.int64),
+        ("memories", np.int64, 4),  # of each argument, to be pointed at an array
+        ("status", np.int64),
+    ]
 )
 
 

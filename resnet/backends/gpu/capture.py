@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 import chainer
 import numpy as np
 
+from resnet.backends.flat import FlatMomentumSGD
 from resnet.backends.gpu import cuda
 
 DEFAULT_STREAMS = (0, 1, 2)  # null, cudaStreamLegacy, cudaStreamPerThread
@@ -188,6 +189,20 @@ class Evaluation:
             loss = self.backend.softmax_cross_entropy(y, self.t)
         arrays = self.loss, self.correct, self.counter
         cuda._launch("finish_step", cuda.THREADS, y.array, self.t, loss.array, *y.shape, *arrays)
+
+
+class Recorded(cuda.Cuda):
+    """The CUDA backend, whose training steps and evaluations are recorded where they can be."""
+
+    def recorded_step(self, optimizer, batches, loss, correct) -> Step | None:
+        if not isinstance(optimizer, FlatMomentumSGD):
+            return None
+        return Step(self, optimizer, batches, loss, correct)
+
+    def recorded_evaluation(self, network, images, batchsize: int) -> Evaluation | None:
+        if len(images) % batchsize or not cuda._are_floats(*network.params()):
+            return None
+        return Evaluation(self, network, images, batchsize)
 
 
 def places(network) -> tuple[int, ...]:

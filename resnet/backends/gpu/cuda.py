@@ -167,20 +167,6 @@ class Cuda(Fused):
             return REFERENCE.momentum_sgd(network, momentum, weight_decay)
         return _FlatMomentumSGD(momentum, weight_decay, self.dtype).setup(network)
 
-    def recorded_step(self, optimizer, batches, loss, correct):
-        from resnet.backends.gpu import capture
-
-        if not isinstance(optimizer, FlatMomentumSGD):
-            return None
-        return capture.Step(self, optimizer, batches, loss, correct)
-
-    def recorded_evaluation(self, network, images, batchsize: int):
-        from resnet.backends.gpu import capture
-
-        if len(images) % batchsize or not _are_floats(*network.params()):
-            return None
-        return capture.Evaluation(self, network, images, batchsize)
-
     def _are_activations(self, *variables) -> bool:
         """Whether every kernel can take these images as they are, or once they are packed."""
         width = _width(self.dtype)
