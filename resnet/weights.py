@@ -90,8 +90,16 @@ def check_groups(network: Network) -> None:
     """Refuse a network of which a file would lose something.
 
     Raises:
-        ValueError: It has weights or statistics that are in none of its groups.
+        ValueError: It has weights or statistics that are in none of its groups, or a link that
+            Chainer does not know of: made outside of ``init_scope``, or part of what is no chain.
     """
+    known = {id(each) for each in (*network.links(), *network.params())}
+    for link in network.links():
+        for name, value in vars(link).items():
+            if isinstance(value, (chainer.Link, chainer.Parameter)) and id(value) not in known:
+                where = type(link).__name__
+                raise ValueError(f"found {name} of {where}, which no optimizer sees and no file "
+                                 "keeps; legal: made in init_scope of a chainer.Chain")  # fmt: skip
     everything = DictionarySerializer()
     everything.save(network)
     inside = tuple(f"{name}/" for name in network.groups)

@@ -1,6 +1,7 @@
 """Block weights in HDF5: what goes in comes out, and what is not ours is refused in one line."""
 
 import contextlib
+import dataclasses
 import errno
 import resource
 
@@ -8,6 +9,7 @@ import chainer
 import h5py
 import numpy as np
 import pytest
+from chainer import links as L
 from conftest import ROOT, flips
 
 from resnet import files, network, weights
@@ -74,6 +76,25 @@ def test_a_network_with_weights_outside_its_groups_is_refused_not_cut_short(tmp_
     with net.init_scope():
         net.bn = Normalization(64)
     with pytest.raises(ValueError, match=r"bn/avg_mean.*bn/gamma.*legal: all in conv1, conv2"):
+        weights.save(tmp_path / "blocks.h5", net, describe(), MEAN)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_that_chainer_does_not_know_of_is_refused(tmp_path):
+    """It would neither be trained nor saved: one in a link that is no chain, and one outside."""
+
+    class Last(L.Linear):
+        def __init__(self, channels, classes, rng):
+            super().__init__(channels, classes)
+            with self.init_scope():
+                self.bn = Normalization(channels)
+
+    unknown = dataclasses.replace(ARCHITECTURES["resnet"], head=Last)(1)
+    with pytest.raises(ValueError, match=r"found bn of Last, .* legal: made in init_scope"):
+        weights.save(tmp_path / "blocks.h5", unknown, describe(), MEAN)
+    net = trained()
+    net.conv2[0].bn3 = Normalization(16)
+    with pytest.raises(ValueError, match="found bn3 of ResidualModule"):
         weights.save(tmp_path / "blocks.h5", net, describe(), MEAN)
     assert not list(tmp_path.iterdir())
 
