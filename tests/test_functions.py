@@ -13,7 +13,7 @@ from conftest import layer
 from torch.nn import functional as F
 
 from resnet import functions, network
-from resnet.backends.cpu import onednn, winograd
+from resnet.backends.cpu import onednn, vectors
 from resnet.torch_module import EPS, option_a
 
 TOLERANCE = 1e-5
@@ -318,11 +318,11 @@ def test_weight_decay_reaches_every_parameter(backend):
 def test_auto_takes_the_fastest_backend_that_can_run(monkeypatch):
     monkeypatch.setattr(functions, "_backend", functions._backend)
     monkeypatch.setattr(onednn, "available", lambda **_: (True, "oneDNN 3"))
-    monkeypatch.setattr(winograd, "vectors", lambda: "AVX2")
+    monkeypatch.setattr(vectors, "name", lambda: "AVX2")
     assert functions.use("auto") == "winograd (F(4x4, 3x3) with AVX2, oneDNN 3)"
     assert functions.use("onednn") == "onednn (oneDNN 3)"
     assert functions.use("chainer").startswith("chainer")
-    monkeypatch.setattr(winograd, "vectors", lambda: "")
+    monkeypatch.setattr(vectors, "name", lambda: "")
     assert functions.use("auto") == "onednn (oneDNN 3; without Winograd's convolution: no AVX2)"
     monkeypatch.setattr(onednn, "available", lambda **_: (False, "Numba is missing"))
     line = functions.use("auto")

@@ -18,7 +18,7 @@ import math
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.cpu_options import ParallelOptions
 from numba.extending import intrinsic
 from numba.np import arrayobj
@@ -54,20 +54,28 @@ CALL = np.dtype(
 
 
 @intrinsic
-def _run(typing, function, a, b, c, memory, count):
-    """The function of ``winograd.Functions`` at the address ``function``, on arrays."""
+def _run(typing, function, a, b, c, memory, count, ahead):
+    """The function of ``winograd.Functions`` at the address ``function``, on arrays.
+
+    ``ahead`` are the addresses, or 0, of arrays that are fetched meanwhile.
+    """
 
     def generate(context, builder, signature, arguments):
-        address, *arrays, count = arguments
+        address, *arrays, count, ahead = arguments
         data = [
             context.make_array(kind)(context, builder, array).data
-            for kind, array in zip(signature.args[1:-1], arrays, strict=True)
+            for kind, array in zip(signature.args[1:5], arrays, strict=True)
         ]
-        kind = ir.FunctionType(ir.VoidType(), [*(pointer.type for pointer in data), count.type])
-        builder.call(builder.inttoptr(address, kind.as_pointer()), [*data, count])
+        pointers = [
+            builder.inttoptr(each, data[0].type) for each in cgutils.unpack_tuple(builder, ahead)
+        ]
+        values = [*data, count, *pointers]
+        kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
+        builder.call(builder.inttoptr(address, kind.as_pointer()), values)
         return context.get_dummy_value()
 
-    return types.void(types.int64, a, b, c, memory, types.int64), generate
+    three = types.UniTuple(types.int64, 3)
+    return types.void(types.int64, a, b, c, memory, types.int64, three), generate
 
 
 def empty(shape):
@@ -422,6 +430,12 @@ def _enter_gradient(g, h, coefficients, padded):
 
 
 @_inline
+def _address(x, i):
+    """Where image i of x begins; 0 if x ends before it."""
+    return np.int64(x[i:].ctypes.data) if i < len(x) else np.int64(0)
+
+
+@_inline
 def _filters_to_points(function, w, backward, g, u):
     """u = the filters w at the points, (36, C, C); of the turned ones if it goes ``backward``.
 
@@ -438,7 +452,7 @@ def _filters_to_points(function, w, backward, g, u):
                     g[8 - p, a, b] = w[a, b, p]
                 else:
                     g[p, b, a] = w[a, b, p]
-    _run(function, g, u, u, u, channels * channels)
+    _run(function, g, u, u, u, channels * channels, (0, 0, 0))
 
 
 @_compile
@@ -452,7 +466,7 @@ def filters_from_points(tiles, gw):
             for point in range(sums.shape[1]):
                 _add(sums[k, point, some], sums[0, point, some])
         total, g = sums[0, 0, some], filters[0, some]
-        _run(from_points, total, g, total, total, SLICE * channels)
+        _run(from_points, total, g, total, total, SLICE * channels, (0, 0, 0))
         for p in range(9):
             g = filters[p, some]
             for c in range(SLICE):
@@ -478,7 +492,9 @@ def convolve_by_tiles(tiles, x, normalization, shortcut, out, w, h):
             some = slice(begin, min(begin + group, end))
             _enter(x[some], normalization, shortcut[some], out[some], read)
             hs = h[some]
-            _run(forward, read, u, hs, points[thread], len(hs))
+            after = begin + group  # what is read and written next: memory is slower than products
+            ahead = _address(x, after), _address(shortcut, after), _address(out, after)
+            _run(forward, read, u, hs, points[thread], len(hs), ahead)
             _moments(_flat(hs), seen, parts[k])
             seen += len(hs) * hs.shape[1]
     return parts
@@ -510,9 +526,11 @@ def convolve_backward_by_tiles(tiles, g, h, coefficients, x, normalization, out,
             xs, gs = x[some], gx[some]
             _enter(source[some], before, x[:0], x[:0], read)
             _enter_gradient(g[some], h[some], coefficients, gradient)
-            _run(filters, read, gradient, sums[k], points[thread], len(xs))
+            after = begin + group
+            ahead = _address(g, after), _address(h, after), _address(source, after)
+            _run(filters, read, gradient, sums[k], points[thread], len(xs), ahead)
             if len(gx):
-                _run(data, gradient, u, gs, points[thread], len(xs))
+                _run(data, gradient, u, gs, points[thread], len(xs), (0, 0, 0))
                 if len(normalization):
                     if len(out):
                         _mask(_flat(gs), _flat(out[some]))

@@ -25,9 +25,9 @@ from resnet.backends.node import Node, accumulated, normalized
 from resnet.backends.reference import REFERENCE, widened
 
 try:
-    from resnet.backends.cpu import kernels, winograd
+    from resnet.backends.cpu import kernels, vectors, winograd
 except ImportError:  # without Numba; available() says so
-    kernels = winograd = None
+    kernels = vectors = winograd = None
 
 WIDTH = 256  # values of a row: vectors are well used, a row stays in the innermost cache
 
@@ -48,7 +48,7 @@ def available(by_tiles: bool = False) -> tuple[bool, str]:
         version = primitives.version()
     except Missing as reason:
         return False, str(reason)
-    if by_tiles and not winograd.vectors():
+    if by_tiles and not vectors.name():
         return False, "needs a processor with AVX2 or AVX-512; legal here: auto, onednn, chainer"
     return True, f"oneDNN {version}, Numba {kernels.numba.__version__}, {threads()} threads"
 
@@ -70,15 +70,15 @@ class OneDNN(Fused):
     def __init__(self, by_tiles: bool = True) -> None:
         global _started
         _started = True
-        self.by_tiles = by_tiles and bool(winograd.vectors())
+        self.by_tiles = by_tiles and bool(vectors.name())
         kernels.numba.set_num_threads(min(threads(), kernels.numba.config.NUMBA_NUM_THREADS))
         _reuse_memory()
 
     def describe(self) -> str:
         _, libraries = available()
         if self.by_tiles:
-            return f"winograd (F(4x4, 3x3) with {winograd.vectors()}, {libraries})"
-        without = "" if winograd.vectors() else "; without Winograd's convolution: no AVX2"
+            return f"winograd (F(4x4, 3x3) with {vectors.name()}, {libraries})"
+        without = "" if vectors.name() else "; without Winograd's convolution: no AVX2"
         return f"onednn ({libraries}{without})"
 
     def first_start(self) -> str:

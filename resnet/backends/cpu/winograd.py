@@ -1,4 +1,4 @@
-"""Winograd's convolution F(4x4, 3x3): code of vectors, built from the points of its transforms.
+"""Winograd's convolution F(4x4, 3x3), built from the points of its transforms.
 
 A tile of 4 x 4 outputs of a 3x3 convolution is (Lavin and Gray, 2015)
 
@@ -9,28 +9,24 @@ of the 36 is a product of matrices, tiles by channels and channels by channels. 
 input is such a convolution, too; that of the filter is G^T [(B^T d B) * (A dY A^T)] G, summed over
 the tiles.
 
-The code is made for one shape and for this processor's vectors by llvmlite, which Numba brings: so
-there is no compiler to be installed, and sizes and strides are constants in it.
+The code is made for one shape (``vectors``): sizes and strides are constants in it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import llvmlite.binding as llvm
-import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, codegen, config
+from numba.core import cgutils, config
 
-from resnet import files
-from resnet.backends.cpu import kernels
+from resnet.backends.cpu import kernels, vectors
+from resnet.backends.cpu.vectors import LINE, WORD, Code, Vector
 
 TILE = 4  # outputs of a tile, in each direction
 # +-1 and +-2 instead would round twice as much and save nothing. The last point is infinity.
@@ -40,12 +36,7 @@ TILES, GRADIENT_TILES = 8, 16  # that go through all steps together, in the cach
 GROUP = 1 << 16  # bytes of images whose passes before and after are taken together
 PART = 1 << 19  # bytes of images whose gradients of the filters are summed together
 GAP = 16  # floats between the points' matrices: else their addresses share a set of the cache
-LINE = 16  # floats of a cache line
 KEPT = Path(kernels.convolve.stats.cache_path)  # where Numba keeps its kernels: the code beside
-
-FLOAT, WORD, INTEGER = ir.FloatType(), ir.IntType(64), ir.IntType(32)
-POINTER, BYTES = FLOAT.as_pointer(), ir.IntType(8).as_pointer()
-FUSED = ("contract",)  # a product and a sum may become one instruction
 
 
 def matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -62,28 +53,6 @@ def matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 A, G, BT = matrices()
-
-
-class Vector:
-    """A vector of floats in the code that is being built."""
-
-    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
-        self.builder, self.value = builder, value
-
-    def __add__(self, other: Vector) -> Vector:
-        return Vector(self.builder, self.builder.fadd(self.value, other.value, flags=FUSED))
-
-    def __sub__(self, other: Vector) -> Vector:
-        return Vector(self.builder, self.builder.fsub(self.value, other.value, flags=FUSED))
-
-    def __mul__(self, other: Vector) -> Vector:
-        return Vector(self.builder, self.builder.fmul(self.value, other.value, flags=FUSED))
-
-    def __rmul__(self, factor: float) -> Vector:
-        if factor == 1:
-            return self
-        factors = [float(np.float32(factor))] * self.value.type.count
-        return self * Vector(self.builder, ir.Constant(self.value.type, factors))
 
 
 def dot(row: Sequence[float], vectors: Sequence[Vector]) -> Vector:
@@ -114,78 +83,21 @@ def from_points(matrix: np.ndarray, m: Sequence[Vector]) -> list[Vector]:
     return [dot(row, [m[0], *terms[k % 2], m[-1]]) for k, row in enumerate(powers)]
 
 
-class Code:
-    """A function of four pointers to floats and a number, in the making.
+def transform(
+    code: Code, how, matrix, size: int, x, x_steps, y, y_steps, adds: bool = False
+) -> None:
+    """y = ``how`` by the matrix, in both directions, of size x size vectors at x.
 
-    Places are counted in floats, as sums of numbers and of (number, factor) pairs.
+    Steps are the floats from one row to the next, and from one column. With ``adds``, y is added to
+    what is there.
     """
-
-    def __init__(self, module: ir.Module, name: str, lanes: int) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [WORD])
-        self.function = ir.Function(module, kind, name)
-        self.builder = ir.IRBuilder(self.function.append_basic_block())
-        self.lanes, self.vector = lanes, ir.VectorType(FLOAT, lanes)
-        self.zero = ir.Constant(self.vector, None)
-
-    @contextlib.contextmanager
-    def loop(self, count):
-        """``with code.loop(count) as i``: i is 0, 1, .. in what is built within."""
-        with cgutils.for_range(self.builder, self._word(count), intp=WORD) as loop:
-            yield loop.index
-
-    def sum(self, *terms):
-        total = WORD(0)
-        for term in terms:
-            number, factor = term if isinstance(term, tuple) else (term, 1)
-            product = self.builder.mul(self._word(number), WORD(factor))
-            total = self.builder.add(total, product)
-        return total
-
-    def minimum(self, a, b: int):
-        return self.builder.select(self.builder.icmp_unsigned("<", a, WORD(b)), a, WORD(b))
-
-    def at(self, pointer, *terms):
-        return self.builder.gep(pointer, [self.sum(*terms)])
-
-    def load(self, pointer, place: int = 0) -> Vector:
-        return Vector(self.builder, self.builder.load(self._vector(pointer, place), align=4))
-
-    def store(self, vector: Vector, pointer, place: int = 0) -> None:
-        self.builder.store(vector.value, self._vector(pointer, place), align=4)
-
-    def broadcast(self, pointer, place: int) -> Vector:
-        """A vector of one float, repeated."""
-        none = ir.Constant(self.vector, ir.Undefined)
-        one = self.builder.load(self.at(pointer, place))
-        one = self.builder.insert_element(none, one, INTEGER(0))
-        first = ir.Constant(ir.VectorType(INTEGER, self.lanes), [0] * self.lanes)
-        return Vector(self.builder, self.builder.shuffle_vector(one, none, first))
-
-    def prefetch_to_write(self, pointer) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [BYTES, INTEGER, INTEGER, INTEGER])
-        function = cgutils.get_or_insert_function(self.function.module, kind, "llvm.prefetch.p0")
-        place = self.builder.bitcast(pointer, BYTES)
-        self.builder.call(function, [place, INTEGER(1), INTEGER(3), INTEGER(1)])
-
-    def transform(self, how, matrix, size: int, x, x_steps, y, y_steps, adds=False) -> None:
-        """y = ``how`` by the matrix, in both directions, of size x size vectors at x.
-
-        Steps are the floats from one row to the next, and from one column. With ``adds``, y is
-        added to what is there.
-        """
-        tile = [[self.load(x, p * x_steps[0] + q * x_steps[1]) for q in range(size)]
-                for p in range(size)]  # fmt: skip
-        columns = [how(matrix, column) for column in zip(*tile, strict=True)]
-        for p, row in enumerate(zip(*columns, strict=True)):
-            for q, value in enumerate(how(matrix, row)):
-                place = p * y_steps[0] + q * y_steps[1]
-                self.store(value + self.load(y, place) if adds else value, y, place)
-
-    def _vector(self, pointer, place: int):
-        return self.builder.bitcast(self.at(pointer, place), self.vector.as_pointer())
-
-    def _word(self, number):
-        return WORD(number) if isinstance(number, int) else number
+    tile = [[code.load(x, p * x_steps[0] + q * x_steps[1]) for q in range(size)]
+            for p in range(size)]  # fmt: skip
+    columns = [how(matrix, column) for column in zip(*tile, strict=True)]
+    for p, row in enumerate(zip(*columns, strict=True)):
+        for q, value in enumerate(how(matrix, row)):
+            place = p * y_steps[0] + q * y_steps[1]
+            code.store(value + code.load(y, place) if adds else value, y, place)
 
 
 class Steps:
@@ -205,6 +117,8 @@ class Steps:
         self.tiles = -(-self.rows * self.across // self.height) * self.height  # room for them
         self.point = self.tiles * channels + GAP  # floats of a point's matrix
         self.points = SIDE * self.point, self.point  # from one to the next, in each direction
+        self.line = TILE * side * channels  # floats of a row of tiles
+        self.share = -(-self.rows * self.line // LINE // SIDE**2)  # of a block's lines, to a point
 
     @contextlib.contextmanager
     def blocks(self, images):
@@ -224,6 +138,14 @@ class Steps:
             k = code.sum((vector, code.lanes))
             yield i, j, k, code.at(points, (i, self.across * self.channels), (j, self.channels), k)
 
+    def fetch(self, x, row, point, to_write: bool = False) -> None:
+        """Have a share of the block's lines of x brought into the cache, unless x is null."""
+        code = self.code
+        nothing = code.builder.icmp_unsigned("==", x, ir.Constant(x.type, None))
+        with code.loop(code.builder.select(nothing, WORD(0), WORD(self.share))) as i:
+            line = code.at(x, (row, self.line), (point, self.share * LINE), (i, LINE))
+            code.prefetch(line, to_write)
+
     def read(self, x, row, some, points, matrix: np.ndarray) -> None:
         """points = the transform by ``matrix`` of tiles of x, of its centre if it is smaller."""
         code, size, width = self.code, len(matrix[0]), self.channels
@@ -235,15 +157,15 @@ class Steps:
                             for divide in (code.builder.udiv, code.builder.urem))  # fmt: skip
             corner = (image, (self.side + 2) * line), (above, TILE * line), (j, TILE * width)
             source = code.at(x, border, *corner, k)
-            code.transform(to_points, matrix, size, source, (line, width), target, self.points)
+            transform(code, to_points, matrix, size, source, (line, width), target, self.points)
 
     def write(self, points, y, row, some, adds: bool) -> None:
         """y = A^T points A; with ``adds``, added to what is there."""
         code, width = self.code, self.channels
-        line = self.side * width
         with self._tiles(some, points) as (i, j, k, source):
-            target = code.at(y, (row, TILE * line), (i, TILE * line), (j, TILE * width), k)
-            code.transform(from_points, A, SIDE, source, self.points, target, (line, width), adds)
+            target = code.at(y, (row, self.line), (i, self.line), (j, TILE * width), k)
+            steps = self.side * width, width
+            transform(code, from_points, A, SIDE, source, self.points, target, steps, adds)
 
     def product(self, a, row: int, step: int, b, out, rows: int, count, adds: bool) -> None:
         """out[r] = sum over k < count of a[r * row + k * step] b[k], for r < rows.
@@ -278,18 +200,18 @@ class Steps:
 def convolve(code: Code, channels: int, side: int, adds: bool) -> None:
     """y (+)= convolution of x: (x with borders, filters at the points, y, working memory, images).
 
-    Filters are 36 matrices of input's channels by output's channels.
+    Filters are 36 matrices of input's channels by output's channels. While the processor computes,
+    memory is fetched: the lines of y, and of up to three arrays of y's shape (see ``kernels``).
     """
-    x, u, y, points, images = code.function.args
+    x, u, y, points, images, *ahead = code.function.args
     steps = Steps(code, channels, side, TILES)
     products = code.at(points, SIDE**2 * steps.point)
-    line = TILE * side * channels  # floats of a row of tiles
-    share = -(-steps.rows * line // LINE // SIDE**2)  # of the block's lines, for each point
     with steps.blocks(images) as (row, some):
         steps.read(x, row, some, points, BT)
         with code.loop(SIDE**2) as point:
-            with code.loop(share) as i:
-                code.prefetch_to_write(code.at(y, (row, line), (point, share * LINE), (i, LINE)))
+            steps.fetch(y, row, point, to_write=True)
+            for each in ahead:
+                steps.fetch(each, row, point)
             a, out = (code.at(matrices, (point, steps.point)) for matrices in (points, products))
             b = code.at(u, (point, channels**2))
             steps.product(a, channels, 1, b, out, steps.tiles, channels, adds=False)
@@ -300,15 +222,18 @@ def convolve(code: Code, channels: int, side: int, adds: bool) -> None:
 def gradient(code: Code, channels: int, side: int) -> None:
     """Add the gradient of the filters at the points: (x, gradient of y, sums, memory, images).
 
-    Both have borders. The sums are 36 matrices of input's channels by output's channels.
+    Both have borders. The sums are 36 matrices of input's channels by output's channels. Up to
+    three arrays are fetched as by ``convolve``.
     """
-    x, g, sums, points, images = code.function.args
+    x, g, sums, points, images, *ahead = code.function.args
     steps = Steps(code, channels, side, GRADIENT_TILES)
     others = code.at(points, SIDE**2 * steps.point)
     with steps.blocks(images) as (row, some):
         steps.read(x, row, some, points, BT)
         steps.read(g, row, some, others, A)
         with code.loop(SIDE**2) as point:
+            for each in ahead:
+                steps.fetch(each, row, point)
             a, b = (code.at(matrices, (point, steps.point)) for matrices in (points, others))
             out, tiles = code.at(sums, (point, channels**2)), code.sum((some, steps.across))
             steps.product(a, 1, channels, b, out, channels, tiles, adds=True)
@@ -316,37 +241,16 @@ def gradient(code: Code, channels: int, side: int) -> None:
 
 
 def filters(code: Code, channels: int, how, matrix: np.ndarray, size: int, result: int) -> None:
-    """y = the transform of filters: (size^2 matrices x, result^2 matrices y, two unused, floats).
+    """y = the transform of filters: (size^2 matrices x, result^2 matrices y, .., floats, ..).
 
     u = G g G^T and g = G^T u G, of so many floats of each matrix.
     """
-    x, y, _, _, count = code.function.args
+    x, y, _, _, count, *_ = code.function.args
     steps = [(side * channels**2, channels**2) for side in (size, result)]
     with code.loop(code.builder.udiv(count, WORD(code.lanes))) as i:
         source, target = (code.at(pointer, (i, code.lanes)) for pointer in (x, y))
-        code.transform(how, matrix, size, source, steps[0], target, steps[1])
+        transform(code, how, matrix, size, source, steps[0], target, steps[1])
     code.builder.ret_void()
-
-
-@functools.cache
-def processor() -> tuple[str, str]:
-    """Name and features of the processor that Numba compiles for."""
-    features = config.CPU_FEATURES
-    return (
-        config.CPU_NAME or llvm.get_host_cpu_name(),
-        codegen.get_host_cpu_features() if features is None else features,
-    )
-
-
-def lanes(features: str) -> int:
-    """Floats of a vector: 16 with AVX-512, 8 with AVX2 and fused multiply-add, else 0."""
-    have = set(features.split(","))
-    return 16 if "+avx512f" in have else 8 if {"+avx2", "+fma"} <= have else 0
-
-
-def vectors() -> str:
-    """What this processor's vectors are called; empty where they are too short."""
-    return {16: "AVX-512", 8: "AVX2", 0: ""}[lanes(processor()[1])]
 
 
 class Functions(NamedTuple):
@@ -370,55 +274,22 @@ def build(channels: int, side: int, lanes: int) -> ir.Module:
     return module
 
 
-def target(name: str, features: str) -> llvm.TargetMachine:
-    """What compiles for the processor ``name``."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    triple = llvm.Target.from_default_triple()
-    return triple.create_target_machine(cpu=name, features=features, opt=3, jit=True)
-
-
-def optimized(module: ir.Module, machine: llvm.TargetMachine) -> llvm.ModuleRef:
-    code = llvm.parse_assembly(str(module))
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(code, passes)
-    return code
-
-
 def object_code(channels: int, side: int, folder: Path) -> bytes:
     """``build`` for this processor, as it is kept in ``folder``, or else is compiled now."""
-    made_of = Path(__file__).read_bytes(), numba.__version__, llvm.llvm_version_info, processor()
-    name = hashlib.sha256(repr((made_of, channels, side)).encode()).hexdigest()
-    kept = folder / f"winograd.{name[:32]}.o"
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged
-        code, is_whole = files.read_sealed(kept)
-        if is_whole:
-            return code
-    machine = target(*processor())
-    code = machine.emit_object(optimized(build(channels, side, lanes(processor()[1])), machine))
-    with contextlib.suppress(OSError), files.whole(kept) as path:
-        path.write_bytes(files.seal(code))
-    return code
-
-
-_engines: list[llvm.ExecutionEngine] = []  # that own the code
+    made_of = Path(__file__).read_bytes(), channels, side
+    return vectors.object_code(functools.partial(build, channels, side), made_of, folder)
 
 
 @functools.cache
 def compiled(channels: int, side: int) -> Functions:
     """The code, loaded; it is kept where Numba keeps the kernels."""
-    code = object_code(channels, side, KEPT)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target(*processor()))
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    _engines.append(engine)
-    return Functions(*map(engine.get_function_address, Functions._fields))
+    return Functions(*vectors.load(object_code(channels, side, KEPT), Functions._fields))
 
 
 def fits(shape: tuple[int, ...], channels: int, stride: int) -> bool:
     """Whether ``Convolution`` can compute ``channels`` filters on (N, C, H, W)."""
     _, c, height, width = shape
-    vector = lanes(processor()[1])
+    vector = vectors.lanes(vectors.processor()[1])
     if not vector or stride != 1 or c != channels or height != width or width % TILE:
         return False
     return c % vector == 0 and (c == vector or c % (2 * vector) == 0)
