@@ -58,11 +58,11 @@ campaign: $(INSTALLED)-test
 # On a machine with a GPU: everything that needs one, what settles most first. With CUDA=12 for CUDA
 # 12, without what is held against PyTorch.
 ifeq ($(CUDA),12)
-GPU_TESTS = tests/test_random.py tests/test_gpu.py
+GPU_TESTS = tests/test_random.py tests/test_augmentation.py tests/test_modules.py tests/test_gpu.py
 LAYERS = tests/test_gpu.py -k eager
 else
-GPU_TESTS = tests/test_random.py tests/test_functions.py tests/test_network.py tests/test_gpu.py \
-    tests/test_agreement.py
+GPU_TESTS = tests/test_random.py tests/test_augmentation.py tests/test_functions.py \
+    tests/test_modules.py tests/test_network.py tests/test_gpu.py tests/test_agreement.py
 LAYERS = tests/test_functions.py -k cuda
 endif
 gpu: $(INSTALLED)-gpu$(CUDA)

@@ -1,4 +1,4 @@
-"""Modules, blocks and networks: their sizes, their first weights, and what they compute."""
+"""Networks: their sizes, their first weights, and what they compute."""
 
 import chainer
 import numpy as np
@@ -9,9 +9,8 @@ from torch.nn import functional as F
 
 from experiments.torch_network import TorchNetwork
 from resnet import blocks, functions, modules
-from resnet.blocks import Block, ResidualBlock
 from resnet.export import state, torch_name
-from resnet.modules import GATE_BIAS, HighwayModule, PlainModule, ResidualModule
+from resnet.modules import GATE_BIAS
 from resnet.network import ARCHITECTURES, DEPTHS, GROUPS, depth, highway, plain, resnet, resresnet
 
 
@@ -230,46 +229,3 @@ def test_resresnet_without_its_three_shortcuts_is_the_resnet(backend, monkeypatc
     cut = without_shortcuts(monkeypatch, blocks)
     assert abs(nets[1](x).array - y).max() < 1e-5 * abs(y).max()
     assert cut == [(4, 16, 32, 32), (4, 32, 16, 16), (4, 64, 8, 8)]
-
-
-@pytest.mark.parametrize(("channels", "stride"), [(16, 1), (32, 2)])
-def test_residual_module_whose_branch_is_silent_hands_its_input_on(channels, stride):
-    """With F = 0 it is ReLU(x); where the shape changes, of every second pixel, then zeros."""
-    module = ResidualModule(16, channels, stride, np.random.RandomState(0))
-    module.bn2.gamma.array[...] = 0
-    x = random(2, 16, 8, 8)
-    y = module(x).array
-    np.testing.assert_array_equal(y[:, :16], np.maximum(x[:, :, ::stride, ::stride], 0))
-    assert not y[:, 16:].any()
-    without = PlainModule(16, channels, stride, np.random.RandomState(0))
-    without.bn2.gamma.array[...] = 0
-    assert not without(x).array.any()
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_residual_block_adds_its_input_to_what_the_block_gives(stride):
-    x, channels = random(2, 8, 8, 8), 8 * stride
-    without = Block(3, 8, channels, stride, np.random.RandomState(0))
-    block = ResidualBlock(3, 8, channels, stride, np.random.RandomState(0))
-    assert len(block) == len(without) == 3
-    assert [module.stride for module in block] == [stride, 1, 1]
-    shortcut = functions.option_a(chainer.Variable(x), channels, stride).array
-    expected = np.maximum(without(x).array + shortcut, 0)
-    np.testing.assert_allclose(block(x).array, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize(("channels", "stride"), [(16, 1), (32, 2)])
-def test_highway_module_hands_on_its_input_where_its_gate_is_shut(backend, channels, stride):
-    """And what its two layers compute where it is open."""
-    x = backend.send(random(2, 16, 8, 8))
-    module = HighwayModule(16, channels, stride, np.random.RandomState(0))
-    plain_module = PlainModule(16, channels, stride, np.random.RandomState(0))
-    for each in (module, plain_module):
-        each.to_device(backend)
-    module.gate.b.array[...] = -100
-    y = chainer.cuda.to_cpu(module(x).array)
-    np.testing.assert_array_equal(y[:, :16], chainer.cuda.to_cpu(x[:, :, ::stride, ::stride]))
-    assert not y[:, 16:].any()
-    module.gate.b.array[...] = 100
-    y, expected = (chainer.cuda.to_cpu(each(x).array) for each in (module, plain_module))
-    np.testing.assert_allclose(y, expected, atol=1e-5)

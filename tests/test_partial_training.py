@@ -1,4 +1,4 @@
-"""Partial training: what stands in for a block, what each stage begins with, what is logged."""
+"""Partial training: which blocks are there, what each stage begins with, what is logged."""
 
 import json
 
@@ -9,7 +9,6 @@ from chainer import functions as F
 from conftest import read_blocks
 
 from resnet import extensions, flags, partial_training, training, weights
-from resnet.blocks import AbsentBlock
 from resnet.command import InputError
 from resnet.network import BLOCKS, resnet
 from resnet.partial_training import PartialTraining
@@ -56,20 +55,6 @@ def test_present_blocks_have_the_shapes_and_first_weights_of_the_whole_network(p
         p.size for name in groups for p in whole[name].params()
     )
     assert part(np.zeros((2, 3, 32, 32), "f")).shape == (2, 10)
-
-
-@pytest.mark.parametrize("channels_in, channels, stride", [(16, 16, 1), (16, 32, 2), (32, 64, 2)])
-def test_a_stand_in_averages_squares_and_appends_zeros(channels_in, channels, stride):
-    x = np.random.RandomState(0).rand(2, channels_in, 8, 8).astype("f")
-    block = AbsentBlock(channels_in, channels, stride)
-    assert block.count_params() == 0
-    y = block(chainer.Variable(x)).array
-    assert y.shape == (2, channels, 8 // stride, 8 // stride)
-    assert not y[:, channels_in:].any()
-    for i in range(8 // stride):
-        for j in range(8 // stride):
-            square = x[:, :, i * stride : (i + 1) * stride, j * stride : (j + 1) * stride]
-            np.testing.assert_allclose(y[:, :channels_in, i, j], square.mean((2, 3)), rtol=1e-5)
 
 
 def test_blocks_are_added_in_the_order_of_the_report(dataset, tmp_path):
