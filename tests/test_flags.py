@@ -63,18 +63,6 @@ def test_a_pipe_is_no_data_and_is_not_waited_for(tmp_path):
         cifar10.load(str(tmp_path / "pipe"))
 
 
-def test_text_that_a_terminal_cannot_show_is_escaped(tmp_path):
-    script = "from resnet import command; command.run(lambda: print('91 \\u00b1 2 \\ud800'))"
-    shown = python("-c", script, PYTHONIOENCODING="ascii", PYTHONPATH=".")
-    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "91 \\xb1 2 \\ud800\n", "")
-
-
-def test_an_error_is_one_line_whatever_names_a_file_has():
-    script = "from resnet import command\ndef f(): raise command.InputError('a\\nb\\x1b[2J')\n"
-    shown = python("-c", f"{script}command.run(f)", PYTHONPATH=".")
-    assert (shown.returncode, shown.stderr) == (1, "error: a\\nb\\x1b[2J\n")
-
-
 def test_a_thousand_seeds_are_planned_in_a_second(dataset, tmp_path):
     from conftest import make_run
 

@@ -1,14 +1,12 @@
 """A whole run, from its flags to its last line."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import chainer
 import numpy as np
 import pytest
-from conftest import ROOT, make_run, read_blocks, read_log
+from conftest import make_run, read_blocks, read_log
 
 from resnet import flags, training, weights
 from resnet.command import InputError
@@ -129,16 +127,3 @@ def test_a_diverged_run_is_logged_to_its_end(dataset, tmp_path, monkeypatch, cap
     log = read_log(run.folder)
     assert len(log) == 3 and np.isnan(log[-1]["main/loss"])
     assert "last epoch (3)" in capsys.readouterr().out
-
-
-def test_an_error_stands_after_what_was_printed_before_it():
-    code = """from resnet import command
-def main():
-  print("before")
-  raise command.InputError("the error")
-command.run(main)"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, timeout=60,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert done.stdout == "before\nerror: the error\n"

@@ -1,0 +1,39 @@
+"""The networks in PyTorch: a file that stands alone. Against ours: test_network.py."""
+
+import ast
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import python
+from test_export import IMAGES, MEAN, logits, save
+
+from resnet.network import ARCHITECTURES
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_state_dict_and_its_module_need_nothing_of_this_project(architecture, tmp_path):
+    path, net = save(architecture, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = python("-m", "resnet.export", path, "--torch", elsewhere / "net.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    source = (elsewhere / "net.py").read_text()
+    imports = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert imports == {"torch"}
+    np.save(elsewhere / "images.npy", IMAGES / np.float32(255))
+    code = (
+        "import numpy, torch, net\n"
+        "images = torch.from_numpy(numpy.load('images.npy'))\n"
+        "numpy.save('logits.npy', net.load()(images).detach().numpy())\n"
+        "assert net.CLASSES[1] == '鳥' and len(net.CLASSES) == 10"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=elsewhere, check=True)
+    expected = logits(net, MEAN)
+    found = np.load(elsewhere / "logits.npy")
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
