@@ -9,7 +9,7 @@ from conftest import python
 from llvmlite import ir
 
 from resnet import functions
-from resnet.backends.cpu import kernels, onednn, vectors, winograd
+from resnet.backends.cpu import onednn, vectors, winograd
 
 pytestmark = pytest.mark.skipif(
     not onednn.available(by_tiles=True)[0], reason=onednn.available(by_tiles=True)[1]
@@ -142,10 +142,3 @@ def test_three_starts_end_alike_with_and_without_it(monkeypatch):
     direct, tiles = map(np.array, ends.values())
     spread = max(np.ptp(direct), np.ptp(tiles))
     assert abs(direct.mean() - tiles.mean()) < 2 * spread + 1e-3
-
-
-def test_kernels_arrays_begin_with_a_cache_line():
-    for shape in ((3,), (5, 7), (1 << 16,)):
-        array = kernels.empty(shape)
-        assert array.shape == shape and array.dtype == np.float32
-        assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous
