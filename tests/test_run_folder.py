@@ -1,50 +1,20 @@
-"""What a run keeps: one writer, snapshots, log, and the refusal of another run."""
+"""What a run keeps: snapshots, log, and the refusal of another run."""
 
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import chainer
 import numpy as np
 import pytest
-from conftest import ROOT, flips, interrupted_run, make_run, read_log, stop_after
+from conftest import flips, interrupted_run, make_run, read_log, stop_after
 
 from plots import logs
 from resnet import files, network, run_folder
 from resnet.command import InputError
 
 pytestmark = pytest.mark.usefixtures("handlers")
-
-
-def test_a_run_folder_has_one_writer_and_keeps_no_leftovers_of_killed_ones(dataset, tmp_path):
-    run = make_run(dataset, tmp_path)
-    run.folder.mkdir()
-    left = run.folder / ".snapshot_iter_4.npz.123.tmp"
-    left.write_bytes(b"half")
-    (run.folder / "writable").mkdir()  # whatever else is wrong, who writes there comes first
-    of_log_report = run.folder / "log3_abc9zz"
-    of_the_user = run.folder / "lognotes1234"
-    for folder, name in (of_log_report, "log.json"), (of_the_user, "mine"):
-        folder.mkdir()
-        (folder / name).touch()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from pathlib import Path; from resnet import files\n"
-         "with files.only_writer(Path(sys.argv[1])): print(); input()", run.folder],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
-    )  # fmt: skip
-    holder.stdout.readline()
-    with pytest.raises(InputError, match=f"process {holder.pid} on .* is writing to it; legal:"):
-        run.train()
-    assert not (run.folder / "log").exists()
-    holder.kill()  # the system gives the right back
-    holder.communicate()
-    (run.folder / "writable").rmdir()
-    run.train()
-    assert (run.folder / "blocks.h5").exists() and not left.exists()
-    assert not of_log_report.exists() and (of_the_user / "mine").exists()
 
 
 def test_only_the_newest_snapshots_are_kept(dataset, tmp_path, monkeypatch):
