@@ -1,4 +1,4 @@
-"""The pages: what they name is there, and the map of the library is whole."""
+"""The pages: what they name is there; the maps of the library and of its tests are whole."""
 
 import re
 
@@ -26,6 +26,12 @@ def test_the_map_of_the_library_names_each_file_and_no_other():
     }
     rooms = {"backends/__init__.py", "backends/cpu/__init__.py", "backends/gpu/__init__.py"}
     assert sorted(named) == sorted(files - rooms)
+
+
+def test_each_file_of_the_library_has_its_tests_under_its_name():
+    rooms = {path.stem.strip("_") for path in MAP.parent.rglob("*.py")} - {"init"}
+    missing = {room for room in rooms if not (ROOT / "tests" / f"test_{room}.py").exists()}
+    assert not missing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
