@@ -42,7 +42,10 @@ class Block(chainer.ChainList):
 
 
 class ResidualBlock(Block):
-    """A block with one more shortcut, from its input to its output (report, III.A, Fig. 7)."""
+    """A block with one more shortcut, from its input to its output (report, III.A, Fig. 7).
+
+    The sum is rectified, as the report says, though both of its terms come out of a ReLU already.
+    """
 
     def forward(self, x):
         """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
