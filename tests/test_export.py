@@ -1,6 +1,9 @@
 """Networks that leave for ONNX and PyTorch, and those that come from there."""
 
 import contextlib
+import importlib
+import os
+import sys
 
 import chainer
 import numpy as np
@@ -11,13 +14,15 @@ from test_weights import trained
 from torch import nn
 from torch.nn import functional as F
 
-from resnet import export, extensions, functions, weights
+from resnet import cifar10, export, extensions, functions, pretrained, synthetic, weights
+from resnet.backends.cpu import onednn
 from resnet.batches import Images
 from resnet.command import InputError
-from resnet.network import ARCHITECTURES, resnet
+from resnet.network import ARCHITECTURES, depth, resnet
 
 MEAN = np.random.RandomState(5).rand(3, 32, 32).astype(np.float32)
 CLASSES = ("Wagen", "鳥", '"', "d", "e", "f", "g", "h", "i", "j")
+TIE = 1e-5  # two logits that are closer may change places when sums are rounded otherwise
 IMAGES = np.random.RandomState(6).randint(256, size=(7, 3, 32, 32)).astype(np.uint8)
 
 
@@ -74,6 +79,65 @@ def test_a_network_with_one_block_goes_to_onnx_alone(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: --torch: blocks.h5 holds conv1, conv4, fc alone; legal: ")
     assert not list(tmp_path.glob("*net.p*"))
+
+
+@pytest.fixture(scope="module")
+def all_images():
+    """The 10,000 test images where $CIFAR10_COPY says, else as many that are drawn."""
+    if copy := os.environ.get("CIFAR10_COPY"):
+        return cifar10.load(copy).test_x
+    return synthetic.make(test=10_000)[2]
+
+
+def check_all_images(path, images, tmp_path, monkeypatch):
+    """Export as a user would, use both files as one, and hold them against this project."""
+    runtime = pytest.importorskip("onnxruntime")
+    model, state = tmp_path / "exported.onnx", tmp_path / "exported.pt"
+    done = python("-m", "resnet.export", path, "--onnx", model, "--torch", state)
+    assert done.returncode == 0, done.stderr
+    session = runtime.InferenceSession(model)
+    monkeypatch.delitem(sys.modules, "exported", raising=False)  # of the network before
+    monkeypatch.syspath_prepend(tmp_path)
+    twin = importlib.import_module("exported").load(state)
+
+    # What resnet.evaluate does, without Winograd's convolutions, which round more.
+    functions.use("onednn" if onednn.available()[0] else "chainer")
+    path = pretrained.find(path)
+    expected = logits(weights.restore(path)[0], weights.read_mean(path), images)
+    classes, every = expected.argmax(axis=1), np.arange(len(images))
+    assert len(images) == 10_000 and np.ptp(expected, axis=0).min() > 0.5  # not one answer for all
+
+    def of(function):
+        parts = (images[i : i + 500] / np.float32(255) for i in range(0, len(images), 500))
+        return np.concatenate([function(part) for part in parts])
+
+    with torch.no_grad():
+        by_torch = of(lambda x: twin(torch.from_numpy(x)).numpy())
+    for found in (by_torch, of(lambda x: session.run(None, {"images": x})[0])):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+        lost = expected[every, classes] - expected[every, found.argmax(axis=1)]
+        assert lost.max() < TIE  # 0 where the class is the same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 3], ids=depth)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_test_image_keeps_its_class(architecture, n, all_images, tmp_path, monkeypatch):
+    """After 100 iterations: the averages are those of images, and the answers differ."""
+    done = python(f"experiments/{architecture}.py", "--n", n, "--subset", 5000, "--batchsize", 50,
+                  "--epoch", 1, "--warmup", "on", "--out", tmp_path,
+                  "--data", os.environ.get("CIFAR10_COPY") or "synthetic")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / f"{architecture}-{depth(n)}-seed0"
+    check_all_images(run, all_images, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", pretrained.names())
+def test_every_test_image_keeps_its_class_by_a_network_of_the_package(
+    name, all_images, tmp_path, monkeypatch
+):
+    check_all_images(name, all_images, tmp_path, monkeypatch)
 
 
 def test_a_file_that_differs_is_not_written(saved, tmp_path, capsys):
