@@ -1,6 +1,6 @@
 """Every command under one name: ``chainer-resnet COMMAND ARGUMENTS``, or ``python -m resnet``.
 
-Whatever can be run in experiments/ and plots/ is one, and these modules of the package. An
+Every script of experiments/ and plots/ is a command, and so are the modules named below. An
 installed package has the scripts inside of it, a checkout beside it.
 """
 

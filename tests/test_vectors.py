@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
-from resnet.backends.cpu import onednn
+from resnet.backends.cpu import onednn, vectors
 
 pytestmark = pytest.mark.skipif(
     not onednn.available(by_tiles=True)[0], reason=onednn.available(by_tiles=True)[1]
 )
-vectors = pytest.importorskip("resnet.backends.cpu.vectors")
 
 
 def triple(lanes):
@@ -27,7 +26,7 @@ def triple(lanes):
 
 def test_code_computes_what_it_says(tmp_path):
     (address,) = vectors.load(vectors.object_code(triple, "triple", tmp_path), ["triple"])
-    lanes = vectors.lanes(vectors.processor()[1])
+    lanes = vectors.lanes()
     x, y = np.arange(2 * lanes + 1, dtype=np.float32), np.zeros(2 * lanes + 1, np.float32)
     function = ctypes.CFUNCTYPE(
         None, *[ctypes.c_void_p] * 4, ctypes.c_int64, *[ctypes.c_void_p] * 3

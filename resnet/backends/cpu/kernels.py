@@ -27,6 +27,7 @@ CHUNK = 64  # rows; float32 sums stay short, float64 sums few
 COLUMNS = 1024  # values of a row that a thread sums
 LINE = 16  # floats of a cache line
 SLICE = 8  # channels of whose filters a thread sums the gradients
+NOTHING_AHEAD = 0, 0, 0  # addresses of no arrays
 # Loops of numba.prange and no others: to wake a thread takes longer than to fill a small array.
 _OTHERS = "comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"
 _PARALLEL = ParallelOptions({**dict.fromkeys(_OTHERS, False), "prange": True})
@@ -452,7 +453,7 @@ def _filters_to_points(function, w, backward, g, u):
                     g[8 - p, a, b] = w[a, b, p]
                 else:
                     g[p, b, a] = w[a, b, p]
-    _run(function, g, u, u, u, channels * channels, (0, 0, 0))
+    _run(function, g, u, u, u, channels * channels, NOTHING_AHEAD)
 
 
 @_compile
@@ -466,7 +467,7 @@ def filters_from_points(tiles, gw):
             for point in range(sums.shape[1]):
                 _add(sums[k, point, some], sums[0, point, some])
         total, g = sums[0, 0, some], filters[0, some]
-        _run(from_points, total, g, total, total, SLICE * channels, (0, 0, 0))
+        _run(from_points, total, g, total, total, SLICE * channels, NOTHING_AHEAD)
         for p in range(9):
             g = filters[p, some]
             for c in range(SLICE):
@@ -530,7 +531,7 @@ def convolve_backward_by_tiles(tiles, g, h, coefficients, x, normalization, out,
             ahead = _address(g, after), _address(h, after), _address(source, after)
             _run(filters, read, gradient, sums[k], points[thread], len(xs), ahead)
             if len(gx):
-                _run(data, gradient, u, gs, points[thread], len(xs), (0, 0, 0))
+                _run(data, gradient, u, gs, points[thread], len(xs), NOTHING_AHEAD)
                 if len(normalization):
                     if len(out):
                         _mask(_flat(gs), _flat(out[some]))

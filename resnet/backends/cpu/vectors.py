@@ -120,15 +120,20 @@ def processor() -> tuple[str, str]:
     )
 
 
-def lanes(features: str) -> int:
-    """Floats of a vector: 16 with AVX-512, 8 with AVX2 and fused multiply-add, else 0."""
-    have = set(features.split(","))
+@functools.cache
+def lanes(features: str | None = None) -> int:
+    """Floats of a vector: 16 with AVX-512, 8 with AVX2 and fused multiply-add, else 0.
+
+    Args:
+        features: LLVM's names for what a processor has; without them, this one's.
+    """
+    have = set((processor()[1] if features is None else features).split(","))
     return 16 if "+avx512f" in have else 8 if {"+avx2", "+fma"} <= have else 0
 
 
 def name() -> str:
     """What this processor's vectors are called; empty where they are too short."""
-    return {16: "AVX-512", 8: "AVX2", 0: ""}[lanes(processor()[1])]
+    return {16: "AVX-512", 8: "AVX2", 0: ""}[lanes()]
 
 
 def target(name: str, features: str) -> llvm.TargetMachine:
@@ -164,7 +169,7 @@ def object_code(build: Callable[[int], ir.Module], made_of: object, folder: Path
         if is_whole:
             return code
     machine = target(*processor())
-    code = machine.emit_object(optimized(build(lanes(processor()[1])), machine))
+    code = machine.emit_object(optimized(build(lanes()), machine))
     with contextlib.suppress(OSError), files.whole(kept) as path:
         path.write_bytes(files.seal(code))
     return code

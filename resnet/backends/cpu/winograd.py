@@ -133,9 +133,9 @@ class Steps:
     def _tiles(self, some, points):
         """For each row, tile in it and vector of channels: these, and the place at a point."""
         code = self.code
-        vectors = self.channels // code.lanes
-        with code.loop(some) as i, code.loop(self.across) as j, code.loop(vectors) as vector:
-            k = code.sum((vector, code.lanes))
+        parts = self.channels // code.lanes
+        with code.loop(some) as i, code.loop(self.across) as j, code.loop(parts) as part:
+            k = code.sum((part, code.lanes))
             yield i, j, k, code.at(points, (i, self.across * self.channels), (j, self.channels), k)
 
     def fetch(self, x, row, point, to_write: bool = False) -> None:
@@ -188,9 +188,9 @@ class Steps:
                     builder.store(start, sums[r, v])
             with code.loop(builder.udiv(code.sum(count), WORD(unroll))) as block:
                 for k in (code.sum((block, unroll), more) for more in range(unroll)):
-                    factors, vectors = code.at(a, (k, step)), code.at(b, (k, self.channels))
+                    factors, values = code.at(a, (k, step)), code.at(b, (k, self.channels))
                     for (r, v), total in sums.items():
-                        product = code.broadcast(factors, r * row) * code.load(vectors, v)
+                        product = code.broadcast(factors, r * row) * code.load(values, v)
                         product = Vector(builder, builder.load(total)) + product
                         builder.store(product.value, total)
             for (r, v), total in sums.items():
@@ -289,7 +289,7 @@ def compiled(channels: int, side: int) -> Functions:
 def fits(shape: tuple[int, ...], channels: int, stride: int) -> bool:
     """Whether ``Convolution`` can compute ``channels`` filters on (N, C, H, W)."""
     _, c, height, width = shape
-    vector = vectors.lanes(vectors.processor()[1])
+    vector = vectors.lanes()
     if not vector or stride != 1 or c != channels or height != width or width % TILE:
         return False
     return c % vector == 0 and (c == vector or c % (2 * vector) == 0)
