@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -78,33 +78,29 @@ def timed(convolution: cudnn.Convolution, kind: str, every: bool) -> list[dict]:
     numbers = arrays(convolution)  # a plan knows only where they are: they must stay there
     where = {uid: cudnn.address(array) for uid, array in numbers.items()}
 
-    def one(graph, place: int | None) -> dict:
-        if place is None:
-            size, name = graph.get_workspace_size(), graph.get_plan_name()
-        else:
-            size = graph.get_workspace_size_plan_at_index(place)
-            name = graph.get_plan_name_at_index(place)
+    def one(graph, place: int) -> dict:
+        size = graph.get_workspace_size_plan_at_index(place)
         workspace = chainer.cuda.cupy.empty(max(1, size), np.uint8)
         handle, at = cudnn.handle(), cudnn.address(workspace)
+        us = microseconds(lambda: graph.execute_plan_at_index(where, at, place, handle=handle))
+        return {"plan": graph.get_plan_name_at_index(place), "KiB": size / 1024, "us": us}
 
-        def call() -> None:
-            if place is None:
-                graph.execute(where, at, handle=handle)
-            else:
-                graph.execute_plan_at_index(where, at, place, handle=handle)
-
-        return {"plan": name, "KiB": size / 1024, "us": microseconds(call)}
-
-    found = [one(convolution.build(kind), None)]
+    graph = convolution.build(kind)
+    found = [one(graph, next(possible(graph)))]  # it builds the first that is possible
     if every:
         graph = convolution.plans(kind)
-        for place in range(graph.get_execution_plan_count()):
-            try:
-                graph.build_plan_at_index(place)
-            except Exception:  # not wanted, or not for this GPU
-                continue
-            found.append(one(graph, place))
+        found += [one(graph, place) for place in possible(graph)]
     return found
+
+
+def possible(graph) -> Iterator[int]:
+    """The places of the plans that can be built, in the order of the heuristics; builds them."""
+    for place in range(graph.get_execution_plan_count()):
+        try:
+            graph.build_plan_at_index(place)
+        except Exception:  # not wanted, or not for this GPU
+            continue
+        yield place
 
 
 def table(rows: list[tuple[cudnn.Convolution, str, list[dict]]]) -> str:

@@ -254,9 +254,6 @@ class Graph:
     def get_workspace_size(self):
         return self.workspace
 
-    def get_plan_name(self):
-        return self.get_plan_name_at_index(self.frontend.workspaces.index(self.workspace))
-
     # Any plan by its place in the order of the heuristics.
 
     def get_execution_plan_count(self):
@@ -264,6 +261,8 @@ class Graph:
         return len(self.frontend.workspaces)
 
     def build_plan_at_index(self, index):
+        if self.frontend.workspaces[index] > self.limit:
+            raise RuntimeError("deselected")
         self.built.add(index)
 
     def get_workspace_size_plan_at_index(self, index):

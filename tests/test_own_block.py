@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 
+import chainer
 import numpy as np
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_it_computes_what_pytorch_computes(backend):
     net.to_device(backend)
     x = np.random.RandomState(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
     y = net(backend.send(x))
-    parameters = {n: torch.tensor(p.array).double() for n, p in net.copy().namedparams()}
+    parameters = {n: torch.tensor(chainer.cuda.to_cpu(p.array)).double() for n, p in net.copy().namedparams()}
 
     def bn(name, x):
         gamma, beta = (parameters[f"{name}/{key}"] for key in ("gamma", "beta"))
@@ -80,4 +81,4 @@ def test_it_computes_what_pytorch_computes(backend):
         f = F.conv2d(bn(f"{block}/bn2", f), parameters[f"{block}/conv2/W"], padding=1)
         h = f + option_a(h, f)
     expected = bn("/fc/bn", h).mean((2, 3)) @ parameters["/fc/W"].T + parameters["/fc/b"]
-    np.testing.assert_allclose(y.array, expected.numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(chainer.cuda.to_cpu(y.array), expected.numpy(), rtol=1e-4, atol=1e-4)

@@ -72,7 +72,7 @@ class FlatMomentumSGD(optimizers.MomentumSGD):
                 rule._init_states(parameter)  # as its own first update would
             shape = parameter.shape
             self.values[part] = parameter.array.ravel()
-            self.velocities[part] = rule.state["v"].ravel()
+            self.velocities[part] = xp.asarray(rule.state["v"]).ravel()  # NumPy's, once loaded
             parameter.array = self.values[part].reshape(shape)
             rule.state["v"] = self.velocities[part].reshape(shape)
             self._parts.append((parameter, part))
