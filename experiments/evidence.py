@@ -31,6 +31,7 @@ SCRIPTS = {
     "plain": ["plain.py"],
     "resnet": ["resnet.py"],
     "resresnet": ["resresnet.py"],
+    "resresnet_twice": ["resresnet.py", "--rectify", "twice"],  # the other reading of III.A
     "top_down": ["partial_training.py", "--order", "top-down"],
     "bottom_up": ["partial_training.py", "--order", "bottom-up"],
 }
@@ -91,6 +92,7 @@ LIST = (
     ((0,), (Training("resnet", 3, shorten=1),)),
     ((0,), three(7)),
     ((0,), three(18)),
+    ((0, 1, 2), (Training("resresnet_twice", 3),)),
     ((1, 2), (WHOLE, *PARTIAL)),
     ((0, 1, 2), [replace(each, choices=SMALL) for each in PARTIAL]),
     ((0,), three(3, shorten=1)[::2]),

@@ -44,7 +44,27 @@ class Block(chainer.ChainList):
 class ResidualBlock(Block):
     """A block with one more shortcut, from its input to its output (report, III.A, Fig. 7).
 
-    The sum is rectified, as the report says, though both of its terms come out of a ReLU already.
+    As in a residual module, the sum is rectified, and nothing is rectified before the sum: the
+    block's input joins what the last module adds up. The report's words allow
+    ``TwiceRectifiedBlock``, too.
+    """
+
+    def forward(self, x):
+        """(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)."""
+        *modules, last = self
+        h = x
+        for module in modules:
+            h = module(h)
+        # Both shortcuts come out of a ReLU, which does not change their sum, and has a fast path.
+        shortcuts = relu(last.shortcut(h) + option_a(x, self.channels, self.stride))
+        return relu(last.residual(h) + shortcuts)
+
+
+class TwiceRectifiedBlock(Block):
+    """The other reading of III.A: the block's input is added to what its last ReLU lets through.
+
+    The report says that the sum is rectified. Here both of its terms are so already: the last ReLU
+    does nothing, and a block can add to its input, but not take away from it.
     """
 
     def forward(self, x):

@@ -96,8 +96,12 @@ class ResidualModule(PlainModule):
     Where the shape changes, x is subsampled and padded with channels of zeros (option A).
     """
 
+    def shortcut(self, x):
+        """A(x), or x, of the shape of the output."""
+        return option_a(x, self.channels, self.stride)
+
     def forward(self, x):
-        return relu(self.residual(x) + option_a(x, self.channels, self.stride))
+        return relu(self.residual(x) + self.shortcut(x))
 
 
 class HighwayModule(PlainModule):

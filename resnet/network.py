@@ -15,7 +15,7 @@ from chainer import links as L
 from chainer.initializers import HeNormal
 
 from resnet import functions
-from resnet.blocks import AbsentBlock, Block, ResidualBlock
+from resnet.blocks import AbsentBlock, Block, ResidualBlock, TwiceRectifiedBlock
 from resnet.modules import Convolution, HighwayModule, Normalization, PlainModule, ResidualModule
 
 CHANNELS = (16, 32, 64)  # of conv2, conv3, conv4 (report, Table I)
@@ -154,9 +154,18 @@ ARCHITECTURES = {
     "resresnet": Architecture(
         "ResResNet",
         "ResResNet",
-        f"{TWO_LAYERS}; ReLU(F + A(x)); a block's output y is ReLU(y + A(x)), x its input",
+        f"{TWO_LAYERS}; ReLU(F + A(x)); a block's last module: ReLU(F + A(x) + A(block's input))",
         ResidualModule,
         ResidualBlock,
+    ),
+    # The other reading of III.A.
+    "resresnet_twice": Architecture(
+        "ResResNet whose blocks rectify twice",
+        "ResResNet, rectified twice",
+        f"{TWO_LAYERS}; ReLU(F + A(x)); a block's output y is ReLU(y + A(x)), x its input",
+        ResidualModule,
+        TwiceRectifiedBlock,
+        beside="resresnet",
     ),
     # Not trained in the report.
     "highway": Architecture(

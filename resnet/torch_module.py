@@ -38,13 +38,15 @@ class Module(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = convolution(channels_in, channels, stride), normalization(channels)
         self.conv2, self.bn2 = convolution(channels, channels), normalization(channels)
-        self.shortcut = architecture in ("resnet", "resresnet")
+        self.shortcut = architecture in ("resnet", "resresnet", "resresnet_twice")
         gated = architecture == "highway"
         self.gate = nn.Conv2d(channels_in, channels, 3, stride, padding=1) if gated else None
 
-    def forward(self, x):
+    def forward(self, x, start=None):
         h = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(h))
+        if start is not None:
+            y = y + option_a(start, y)
         if self.gate is not None:
             t = torch.sigmoid(self.gate(x))
             return F.relu(y) * t + option_a(x, y) * (1 - t)
@@ -55,15 +57,18 @@ class Block(nn.Sequential):
     def __init__(self, n, channels_in, channels, stride, architecture):
         shapes = [(channels_in, stride)] + [(channels, 1)] * (n - 1)
         super().__init__(*(Module(c, channels, s, architecture) for c, s in shapes))
-        self.shortcut = architecture == "resresnet"
+        self.architecture = architecture
 
     def forward(self, x):
-        y = super().forward(x)
-        return F.relu(y + option_a(x, y), inplace=True) if self.shortcut else y
+        h = x
+        for i, module in enumerate(self, 1):
+            inner = self.architecture == "resresnet" and i == len(self)
+            h = module(h, x) if inner else module(h)
+        return F.relu(h + option_a(x, h)) if self.architecture == "resresnet_twice" else h
 
 
 class Network(nn.Module):
-    """A network of 6n + 2 layers: plain, resnet, resresnet or highway."""
+    """A network of 6n + 2 layers: plain, resnet, resresnet, resresnet_twice or highway."""
 
     def __init__(self, architecture, n, classes=10):
         super().__init__()

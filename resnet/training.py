@@ -125,7 +125,11 @@ def prepare(args: argparse.Namespace) -> Setting:
 
 def main(architecture: str, description: str) -> None:
     """Run the command that trains ``architecture``, at the depths and seeds that the flags name."""
-    args = flags.add_schedule(flags.parser(description)).parse_args()
+    train_depths(architecture, flags.add_schedule(flags.parser(description)).parse_args())
+
+
+def train_depths(architecture: str, args: argparse.Namespace) -> None:
+    """Train ``architecture`` at the depths and seeds that the flags name."""
     run(partial(whole_network, architecture), args, tuple(DEPTHS))
 
 

@@ -230,7 +230,7 @@ def losses(net, steps=3, batchsize=8):
 
 @needs_compiler
 @pytest.mark.parametrize(("gpu", "tolerance"), [("fp32", 1e-5), ("fp16", 0.02)], indirect=["gpu"])
-@pytest.mark.parametrize("architecture", ["plain", "resresnet"])
+@pytest.mark.parametrize("architecture", ["plain", "resresnet", "resresnet_twice"])
 def test_training_steps_are_those_of_chainers_functions(gpu, tolerance, architecture):
     found = losses(network.ARCHITECTURES[architecture](1))
     functions._backend = REFERENCE

@@ -33,6 +33,7 @@ def runs(tmp_path_factory):
         ("plain",),
         ("resnet",),
         ("resresnet",),
+        ("resresnet", "--rectify", "twice"),
         ("highway",),
         ("partial_training", "--order", "top-down"),
         ("partial_training", "--order", "bottom-up"),

@@ -219,9 +219,10 @@ def test_resnet_without_its_shortcuts_is_the_plain_network(backend, monkeypatch)
     assert [shape[1] for shape in cut] == [16, 16, 32, 32, 64, 64]
 
 
-def test_resresnet_without_its_three_shortcuts_is_the_resnet(backend, monkeypatch):
+@pytest.mark.parametrize("architecture", ["resresnet", "resresnet_twice"])
+def test_resresnet_without_its_three_shortcuts_is_the_resnet(architecture, backend, monkeypatch):
     x = backend.send(random(4, 3, 32, 32))
-    nets = resnet(2), resresnet(2)
+    nets = resnet(2), ARCHITECTURES[architecture](2)
     for net in nets:
         net.to_device(backend)
     y, with_shortcuts = (net(x).array for net in nets)

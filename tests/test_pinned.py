@@ -25,6 +25,7 @@ EXPERIMENTS = {  # a run folder, and the words that make it; ten iterations each
     "plain-14-seed0": ("plain", *WHOLE),
     "resnet-14-seed0": ("resnet", *WHOLE),
     "resresnet-14-seed0": ("resresnet", *WHOLE),
+    "resresnet_twice-14-seed0": ("resresnet", "--rectify", "twice", *WHOLE),
     "top_down-14-freeze-seed0/stage1": (*STAGE, "--stage", 1),  # two blocks are absent
     "top_down-14-freeze-seed0/stage2": (*STAGE, "--stage", 2),  # one is, and one is frozen
 }

@@ -137,6 +137,7 @@ def numpy_logits(path, images):
         for name, block in ((name, file[name]) for name in ("conv2", "conv3", "conv4")):
             start = x
             for i in range(at["n"]):
+                last = i == at["n"] - 1
                 m, stride = block[str(i)], 2 if name != "conv2" and i == 0 else 1
                 y = bn(conv(relu(bn(conv(x, m["conv1"], stride), m["bn1"])), m["conv2"]), m["bn2"])
                 if at["architecture"] == "highway":
@@ -144,8 +145,10 @@ def numpy_logits(path, images):
                     t = 1 / (1 + np.exp(-t))
                     x = relu(y) * t + a(x, y) * (1 - t)
                 else:
-                    x = relu(y if at["architecture"] == "plain" else y + a(x, y))
-            x = relu(x + a(start, x)) if at["architecture"] == "resresnet" else x
+                    y += 0 if at["architecture"] == "plain" else a(x, y)
+                    y += a(start, y) if at["architecture"] == "resresnet" and last else 0
+                    x = relu(y)
+            x = relu(x + a(start, x)) if at["architecture"] == "resresnet_twice" else x
         return x.mean((2, 3)) @ file["fc/W"][:].T + file["fc/b"]
 
 
