@@ -1,7 +1,7 @@
-"""Build and time cuDNN's plan of every convolution of the report's networks, on a GPU.
+"""Time every convolution of the report's networks on a GPU: our kernels and cuDNN's plans.
 
-  python experiments/plans.py                     the plans that training takes, each precision
-  python experiments/plans.py --all               beside the fastest that it might take
+  python experiments/plans.py                     ours, and the first plan of cuDNN's heuristics
+  python experiments/plans.py --all               beside the fastest plan
   python experiments/plans.py --precision fp16 -b 128 500
 
 Prints a Markdown table. The process loads no PyTorch, whose libraries could stand in for missing
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from resnet import command, flags, functions, record
-from resnet.backends.gpu import cudnn
+from resnet.backends.gpu import cudnn, tensor_cores
 
 # isort: split
 import chainer  # after resnet, which lets it run on this NumPy
@@ -93,6 +93,23 @@ def timed(convolution: cudnn.Convolution, kind: str, every: bool) -> list[dict]:
     return found
 
 
+def ours(convolution: cudnn.Convolution, kind: str) -> float | None:
+    """Time of our own kernel for it, in microseconds, or None if there is none."""
+    shape, filters = convolution.shapes[cudnn.X], convolution.out_shape[1]
+    own = tensor_cores.find(shape, filters, convolution.stride, convolution.precision)
+    if own is None or (kind == cudnn.DATA and not own.has_backward_data):
+        return None
+    numbers = arrays(convolution)
+    x, y = numbers[cudnn.X], numbers[cudnn.Y]
+    w = chainer.cuda.cupy.zeros((filters, shape[1], 3, 3), np.float32)
+    run = {
+        cudnn.FORWARD: lambda: own.forward(x, w, y),
+        cudnn.DATA: lambda: own.backward_data(y, w, x),
+        cudnn.WEIGHTS: lambda: own.backward_weights(x, y, w),
+    }
+    return microseconds(run[kind])
+
+
 def possible(graph) -> Iterator[int]:
     """The places of the plans that can be built, in the order of the heuristics; builds them."""
     for place in range(graph.get_execution_plan_count()):
@@ -103,14 +120,15 @@ def possible(graph) -> Iterator[int]:
         yield place
 
 
-def table(rows: list[tuple[cudnn.Convolution, str, list[dict]]]) -> str:
-    """A Markdown table of the plans, with the fastest of those that were timed."""
-    head = ["Input", "Filters", "Stride", "Precision", "Convolution", "Plan", "KiB", "us",
-            "Fastest", "KiB", "us"]  # fmt: skip
+def table(rows: list[tuple[cudnn.Convolution, str, float | None, list[dict]]]) -> str:
+    """A Markdown table of our kernels and the plans, with the fastest of those that were timed."""
+    head = ["Input", "Filters", "Stride", "Precision", "Convolution", "Ours, us", "Plan", "KiB",
+            "us", "Fastest", "KiB", "us"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
-    for convolution, kind, found in rows:
+    for convolution, kind, own, found in rows:
         shapes = (" x ".join(map(str, convolution.shapes[uid])) for uid in (cudnn.X, cudnn.W))
         label = [*shapes, str(convolution.stride), convolution.precision, kind]
+        label.append("\N{EN DASH}" if own is None else f"{own:.1f}")
         fastest = min(found, key=lambda plan: plan["us"])
         for plan in (found[0], fastest):
             label += [plan["plan"], f"{plan['KiB']:.0f}", f"{plan['us']:.1f}"]
@@ -138,7 +156,7 @@ def main() -> None:
         raise command.InputError(f"{error}") from None
     device.use()
     rows = [
-        (convolution, kind, timed(convolution, kind, args.all))
+        (convolution, kind, ours(convolution, kind), timed(convolution, kind, args.all))
         for batchsize in args.batchsize
         for precision in args.precision
         for convolution in convolutions(batchsize, precision)

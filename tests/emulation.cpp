@@ -43,7 +43,41 @@ using std::min;
 struct Half;
 static float to_float(Half x);
 static Half to_half(float x);
+struct float4 {
+    float x, y, z, w;
+};
+static float* shared_memory() {
+    alignas(16) static float memory[227 << 8];  // all that a block may have on an H100
+    return memory;
+}
+static float to_tf32(float x);
+static void add_products(const float* a, const float* b, float* sums);
 #include SOURCE
+#include CONVOLUTIONS
+static float to_tf32(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0x1000) & ~0x1fffu;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+// As the comment in convolutions.cu says where each thread has its values; the block's warps all
+// multiply at once.
+static void add_products(const float* a, const float* b, float* sums) {
+    static float left[THREADS][4], right[THREADS][2];
+    const int me = threadIdx.x, first = me / WARP * WARP, g = me % WARP / 4, t = me % 4;
+    memcpy(left[me], a, sizeof left[me]);
+    memcpy(right[me], b, sizeof right[me]);
+    __syncthreads();
+    for (int i = 0; i < 4; ++i) {
+        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        for (int k = 0; k < 8; ++k) {
+            const float x = left[first + row % 8 * 4 + k % 4][row / 8 + k / 4 * 2];
+            sums[i] += x * right[first + column * 4 + k % 4][k / 4];
+        }
+    }
+    __syncthreads();
+}
 static float to_float(Half x) {
     _Float16 y;
     memcpy(&y, &x, sizeof y);

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from resnet import functions
-from resnet.backends.gpu import capture, cuda, cudnn
+from resnet.backends.gpu import capture, cuda, cudnn, kernels
 
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")
@@ -29,10 +29,10 @@ def library():
     """The kernels as a shared library."""
     folder = Path(tempfile.mkdtemp())
     names = folder / "names"
-    names.write_text("".join(f"KERNEL({name})\n" for name in cuda.KERNELS))
+    names.write_text("".join(f"KERNEL({name})\n" for name in kernels.program(CAPABILITY)[1]))
     words = [COMPILER, "-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC",
              "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
-             f'-DSOURCE="{cuda.SOURCE}"', f'-DLIST="{names}"',
+             f'-DSOURCE="{kernels.SOURCE}"', f'-DCONVOLUTIONS="{kernels.CONVOLUTIONS}"', f'-DLIST="{names}"',
              HERE / "emulation.cpp", "-o", folder / "kernels.so"]  # fmt: skip
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -105,8 +105,8 @@ class Module:
         self.launched: list[str] = []
 
     def get_function(self, name: str):
-        def kernel(grid, block, arguments):
-            assert len(grid) == len(block) == 1
+        def kernel(grid, block, arguments, shared_mem=0):
+            assert len(grid) == len(block) == 1 and shared_mem <= kernel.max_dynamic_shared_size_bytes
             for a in arguments:  # CuPy would pass Python's own numbers as 64 bits
                 assert isinstance(a, (np.ndarray, np.generic)), (name, a)
             boxes = [
@@ -127,6 +127,7 @@ class Module:
 
             self.stream.do(work)
 
+        kernel.max_dynamic_shared_size_bytes = 48 << 10  # CUDA's default
         return kernel
 
 
@@ -257,7 +258,7 @@ class Graph:
     # Any plan by its place in the order of the heuristics.
 
     def get_execution_plan_count(self):
-        assert self.done[-1][0] == "deselect_numeric_notes"
+        assert self.done[-1][0] in ("deselect_numeric_notes", "build_plans")
         return len(self.frontend.workspaces)
 
     def build_plan_at_index(self, index):
@@ -376,17 +377,17 @@ def install(monkeypatch, precision="tf32"):
     """Let the CUDA backend compute on NumPy arrays; returns its kernels, cuDNN and memory."""
     stream = Stream()
     module, frontend, memory = Module(stream), Frontend(stream), Memory(stream)
-    monkeypatch.setattr(cuda, "ARRAY", np.ndarray)
-    monkeypatch.setattr(cuda, "_xp", lambda: memory)
-    monkeypatch.setattr(cuda, "_module", lambda: module)
-    monkeypatch.setattr(cuda, "_function", module.get_function)
+    monkeypatch.setattr(kernels, "ARRAY", np.ndarray)
+    monkeypatch.setattr(kernels, "cupy", lambda: memory)
+    monkeypatch.setattr(kernels, "_module", lambda: module)
+    monkeypatch.setattr(kernels, "_function", functools.cache(kernels._function.__wrapped__))
     monkeypatch.setattr(cuda, "_arrived", functools.cache(cuda._arrived.__wrapped__))
     monkeypatch.setattr(functions, "_backend", capture.Recorded(precision))
     monkeypatch.setattr(cudnn, "frontend", lambda: frontend)
     monkeypatch.setattr(cudnn, "_create_handle", frontend.create_handle)
     monkeypatch.setattr(cudnn, "compute_capability", lambda: CAPABILITY)
     monkeypatch.setattr(cudnn, "_stream_of_handle", None)
-    monkeypatch.setattr(cudnn, "convolution", functools.cache(cudnn.Convolution))
+    monkeypatch.setattr(cuda, "_convolution", functools.cache(cuda._Convolution))
     monkeypatch.setattr(cudnn, "address", lambda array: array.ctypes.data)
     monkeypatch.setattr(cudnn, "stream", lambda: 1)
     return module, frontend, memory

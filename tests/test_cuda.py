@@ -5,7 +5,6 @@ this backend too, and cuDNN's plans are in test_cudnn.py. Here is what else a GP
 threads, float16, what is missing.
 """
 
-import re
 from types import SimpleNamespace
 
 import chainer
@@ -17,7 +16,7 @@ from chainer import links as L
 from conftest import layer
 
 from resnet import flags, functions, network
-from resnet.backends.gpu import cuda
+from resnet.backends.gpu import cuda, kernels
 from resnet.backends.reference import REFERENCE
 from resnet.batches import Batches, Images
 from resnet.command import InputError
@@ -75,14 +74,6 @@ def assert_alike(found, expected, tolerance):
 # ---- Kernels -------------------------------------------------------------------------------------
 
 
-def test_every_kernel_of_the_source_is_named():
-    source = cuda.SOURCE.read_text()
-    names = re.findall(r"__global__ void __launch_bounds__\(THREADS\)\s+(\w+)\(", source)
-    assert source.count("__global__") == len(names)
-    assert {name.partition("<")[0] for name in cuda.KERNELS} == set(names)
-    assert f"THREADS = {cuda.THREADS};" in source
-
-
 @needs_compiler
 @half_and_float
 @pytest.mark.parametrize("shortcut", [None, (5, 16, 18, 18), (5, 8, 36, 36)])
@@ -111,10 +102,10 @@ def test_moments_of_any_number_of_rows(gpu, count, channels, mean):
     average_mean, average_var = np.ones(channels, "f"), np.full(channels, 2, "f")
     blocks, chunk = cuda._blocks(x, channels)
     assert (blocks - 1) * chunk < count <= blocks * chunk
-    xp = cuda._xp()
+    xp = kernels.cupy()
     parts, stats = xp.empty((blocks, 2, channels)), xp.empty((4, channels))
-    cuda._launch_on(
-        x, "moments", blocks * cuda.THREADS, x, count, channels, chunk, parts, cuda._arrived(),
+    kernels.launch_on(
+        x, "moments", blocks * kernels.THREADS, x, count, channels, chunk, parts, cuda._arrived(),
         gamma, beta, 2e-5, 0.9, average_mean, average_var, stats,
     )  # fmt: skip
     rows = x.reshape(count, channels).astype(float)
@@ -137,12 +128,12 @@ def test_augmentation_is_that_of_the_cpu_bit_for_bit(gpu, dataset, iteration):
     images = Images(dataset.train_x, dataset.train_y, mean, device)
     batches = Batches(images, 16, seed=3)
     x, t = batches.batch(iteration)
-    xp = cuda._xp()
+    xp = kernels.cupy()
     found_x, found_t = xp.empty((16, 32, 32, 3)), xp.empty(16, np.int32)
     numbers = 16, *images.x.shape, *batches.draws
     counter = np.full(1, iteration, np.int64)
     images = images.x, images.y, images.mean, batches.orders, counter
-    cuda._launch("augment", 16 * 1024, *images, found_x, found_t, *numbers)
+    kernels.launch("augment", 16 * 1024, *images, found_x, found_t, *numbers)
     np.testing.assert_array_equal(found_x, x.transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(found_t, t)
 
@@ -268,6 +259,7 @@ def test_gradients_go_straight_to_their_place_in_the_optimizer(gpu, monkeypatch)
 
 
 @needs_compiler
+@pytest.mark.parametrize("gpu", ["fp32"], indirect=True)
 def test_a_gradient_that_is_added_to_is_not_overwritten(gpu):
     """A link used twice has one place for its gradient, which holds the first one by then."""
 
@@ -357,7 +349,8 @@ def test_cuda_without_a_driver_is_no_gpu(monkeypatch):
 
     runtime = SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=count)
     monkeypatch.setattr(chainer.cuda, "available", True)
-    monkeypatch.setattr(cuda, "_xp", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(kernels, "cupy", lambda: cupy)
     assert cuda.count_gpus() == 0
     assert flags.find_device(None).name == "@numpy"
     with pytest.raises(InputError, match="no GPU was found here"):

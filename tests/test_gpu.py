@@ -122,7 +122,7 @@ def test_200_steps_reach_the_loss_of_the_cpu(precision, images):
 def test_a_replayed_evaluation_is_one_without_a_recording(precision, images):
     """Twice, with training between."""
     updater = make_updater(images)
-    net, mean = updater.optimizer.target, updater.images.mean
+    net, mean = updater.optimizer.target, updater.batches.images.mean
     held_out = Images(images.test_x, images.test_y, chainer.cuda.to_cpu(mean), net.device)
     evaluation = functions.recorded_evaluation(net, held_out, 100)
     for _ in range(2):

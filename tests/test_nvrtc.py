@@ -12,7 +12,7 @@ from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 
 import pytest
 
-from resnet.backends.gpu import cuda
+from resnet.backends.gpu import kernels
 
 ARCHITECTURES = (70, 80, 90)  # V100, A100, H100 and H200
 LIBRARIES = [
@@ -56,9 +56,9 @@ def compiled(architecture):
     if architecture not in supported():
         pytest.skip(f"this NVRTC compiles for {supported()}, not for {architecture}")
     program = c_void_p()
-    source = cuda.SOURCE.read_bytes()
+    source = kernels.SOURCE.read_bytes()
     assert nvrtc().nvrtcCreateProgram(byref(program), source, b"kernels.cu", 0, None, None) == 0
-    for name in cuda.KERNELS:
+    for name in kernels.KERNELS:
         assert nvrtc().nvrtcAddNameExpression(program, name.encode()) == 0
     options = [f"--gpu-architecture=sm_{architecture}", "-std=c++17", "--ptxas-options=-v"]
     options = (c_char_p * len(options))(*(option.encode() for option in options))
@@ -66,7 +66,7 @@ def compiled(architecture):
     log = text(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")
     assert status == 0, log
     lowered = {}
-    for name in cuda.KERNELS:
+    for name in kernels.KERNELS:
         found = c_char_p()
         assert nvrtc().nvrtcGetLoweredName(program, name.encode(), byref(found)) == 0
         lowered[name] = found.value.decode()
@@ -93,7 +93,7 @@ def test_no_kernel_spills_registers(architecture):
     assert len(stacks) == len(lowered)
     assert all(found == ("0", "0", "0") for found in stacks), log
     registers = [int(found) for found in re.findall(r"Used (\d+) registers", log)]
-    assert len(registers) == len(lowered) and max(registers) * 3 * cuda.THREADS <= 65536, log
+    assert len(registers) == len(lowered) and max(registers) * 3 * kernels.THREADS <= 65536, log
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

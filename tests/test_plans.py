@@ -13,7 +13,7 @@ from conftest import ROOT, python
 
 from experiments import plans
 from resnet import functions, network
-from resnet.backends.gpu import cudnn
+from resnet.backends.gpu import cuda, cudnn
 
 SAME = {
     "version": 1, "cudaDeviceId": 0, "driverVer": 13000, "maxGridSize": [2**31 - 1, 65535, 65535],
@@ -134,9 +134,9 @@ def test_the_convolutions_are_those_that_the_networks_ask_for(monkeypatch, preci
 
     def convolution(*arguments):
         asked.add(arguments)
-        return cudnn.Convolution(*arguments)
+        return cuda._Convolution(*arguments)
 
-    monkeypatch.setattr(cudnn, "convolution", convolution)
+    monkeypatch.setattr(cuda, "_convolution", convolution)
     with chainer.using_config("train", False), chainer.no_backprop_mode():
         for make in network.ARCHITECTURES.values():
             make(1)(np.zeros((1, 3, 32, 32), np.float32))
@@ -156,9 +156,9 @@ def test_the_plan_that_is_taken_is_timed_beside_the_fastest(monkeypatch):
     assert [(plan["plan"], plan["KiB"], plan["us"]) for plan in found] == [
         ("plan 1", 1024, 50), ("plan 0", 16384, 450), ("plan 1", 1024, 50), ("plan 2", 0, 25)
     ]  # fmt: skip
-    row = plans.table([(convolution, cudnn.WEIGHTS, found)]).splitlines()[2]
+    row = plans.table([(convolution, cudnn.WEIGHTS, 12.34, found)]).splitlines()[2]
     assert row == ("| 1 x 16 x 4 x 4 | 16 x 16 x 3 x 3 | 1 | tf32 | conv_wgrad "
-                   "| plan 1 | 1024 | 50.0 | plan 2 | 0 | 25.0 |")  # fmt: skip
+                   "| 12.3 | plan 1 | 1024 | 50.0 | plan 2 | 0 | 25.0 |")  # fmt: skip
 
 
 def test_without_a_gpu_one_line_says_so():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from pathlib import Path
 
 import chainer
 import numpy as np
@@ -20,25 +19,15 @@ from chainer import functions as F
 
 from resnet.backends.flat import FlatMomentumSGD
 from resnet.backends.fused import Fused, Layer, Unfinished
-from resnet.backends.gpu import cudnn
+from resnet.backends.gpu import cudnn, kernels, tensor_cores
 from resnet.backends.gpu.cudnn import Missing
+from resnet.backends.gpu.kernels import THREADS, launch, launch_on
 from resnet.backends.node import Node, accumulated, normalized
 from resnet.backends.reference import REFERENCE, widened
 
-ARRAY = chainer.backends.cuda.ndarray  # CuPy's; a stand-in of Chainer's where there is none
-SOURCE = Path(__file__).with_name("kernels.cu")
-THREADS = 256  # per block, as in kernels.cu
 BLOCKS = 256  # of a sum: enough for a large GPU, few enough for one block to add their results
 VECTORS = 4  # of 16 bytes: the least that a thread of a sum should have to add
 SCALE = 1024  # of float16 gradients: those of a mean over 128 images are about 1e-7 to 1e-3
-
-OF_ACTIVATIONS = ("moments", "normalize", "gradient_sums", "input_gradient", "masked", "add",
-                  "shortcut_gradient", "pack", "unpack", "average", "average_gradient")  # fmt: skip
-OF_FLOATS = ("fixed_moments", "linear", "linear_input_gradient", "linear_gradients",
-             "cross_entropy", "multiply", "find_overflow", "momentum_step",
-             "count_overflow", "augment", "centre", "finish_step")  # fmt: skip
-TYPES = {np.dtype("f4"): "float", np.dtype("f2"): "Half"}
-KERNELS = (*(f"{name}<{type}>" for name in OF_ACTIVATIONS for type in TYPES.values()), *OF_FLOATS)
 
 
 def available() -> tuple[bool, str]:
@@ -58,8 +47,8 @@ def count_gpus() -> int:
     if not chainer.cuda.available:
         return 0
     try:
-        return _xp().cuda.runtime.getDeviceCount()
-    except _xp().cuda.runtime.CUDARuntimeError:  # CuPy and CUDA are here, but no driver
+        return kernels.cupy().cuda.runtime.getDeviceCount()
+    except kernels.cupy().cuda.runtime.CUDARuntimeError:  # CuPy and CUDA are here, but no driver
         return 0
 
 
@@ -158,7 +147,7 @@ class Cuda(Fused):
 
     def softmax_cross_entropy(self, y, t):
         (t,) = _arrays(t)
-        if not _are_floats(y) or not isinstance(t, ARRAY) or t.dtype != np.int32:
+        if not _are_floats(y) or not isinstance(t, kernels.ARRAY) or t.dtype != np.int32:
             return REFERENCE.softmax_cross_entropy(y, t)
         return _SoftmaxCrossEntropy(self, t).apply((y,))[0]
 
@@ -171,41 +160,12 @@ class Cuda(Fused):
         """Whether every kernel can take these images as they are, or once they are packed."""
         width = _width(self.dtype)
         return all(
-            isinstance(a, ARRAY)
+            isinstance(a, kernels.ARRAY)
             and a.size
             and a.dtype in (np.float32, self.dtype)
             and (a.dtype == np.float32 or a.shape[1] % width == 0)
             for a in _arrays(*variables)
         )
-
-
-@functools.cache
-def _module():
-    return chainer.cuda.cupy.RawModule(
-        code=SOURCE.read_text(), options=("-std=c++17",), name_expressions=KERNELS
-    )
-
-
-@functools.cache
-def _function(name: str):
-    return _module().get_function(name)
-
-
-def _launch(name: str, threads: int, *arguments) -> None:
-    """Run a kernel in at least so many threads; None is a null pointer."""
-
-    def argument(value):
-        if value is None:
-            return np.intp(0)
-        return {int: np.int32, float: np.float32}.get(type(value), lambda v: v)(value)
-
-    blocks = -(-threads // THREADS)
-    _function(name)((blocks,), (THREADS,), tuple(map(argument, arguments)))
-
-
-def _launch_on(x, name: str, threads: int, *arguments) -> None:
-    """The same for a kernel that comes in two types: that of the activations x."""
-    _launch(f"{name}<{TYPES[x.dtype]}>", threads, *arguments)
 
 
 def _width(dtype) -> int:
@@ -224,13 +184,13 @@ def _arrays(*variables) -> list:
 
 def _are_floats(*variables) -> bool:
     return all(
-        isinstance(a, ARRAY) and a.dtype == np.float32 and a.size for a in _arrays(*variables)
+        isinstance(a, kernels.ARRAY) and a.dtype == np.float32 and a.size for a in _arrays(*variables)
     )
 
 
 def _rows(x):
     """A logical (N, C, H, W) as (N, H, W, C) in the order of its memory; a copy if it must be."""
-    return _xp().ascontiguousarray(x.transpose(0, 2, 3, 1))
+    return kernels.cupy().ascontiguousarray(x.transpose(0, 2, 3, 1))
 
 
 def _images(rows):
@@ -241,16 +201,16 @@ def _images(rows):
 def _packed(x, channels: int, dtype):
     """float32 (N, C, H, W) of any strides as (N, H, W, channels), zeros appended."""
     n, c, h, w = x.shape
-    y = _xp().empty((n, h, w, channels), dtype)
+    y = kernels.cupy().empty((n, h, w, channels), dtype)
     strides = (stride // x.itemsize for stride in x.strides)
-    _launch_on(y, "pack", y.size, x, y, y.size, c, h, w, channels, *strides)
+    launch_on(y, "pack", y.size, x, y, y.size, c, h, w, channels, *strides)
     return y
 
 
 def _unpacked(x, y, factor: float) -> None:
     """Fill float32 (N, C, H, W) from (N, H, W, at least C)."""
     _, c, h, w = y.shape
-    _launch_on(x, "unpack", y.size, x, y, y.size, c, h * w, x.shape[3], factor)
+    launch_on(x, "unpack", y.size, x, y, y.size, c, h * w, x.shape[3], factor)
 
 
 def _activation(x, dtype):
@@ -265,7 +225,7 @@ def _as_gradient_of(x, rows):
     """The gradient of x, given that of its ``_activation``."""
     if rows.dtype == x.dtype and rows.shape[3] == x.shape[1]:
         return _images(rows)
-    gx = _xp().empty(x.shape, x.dtype)
+    gx = kernels.cupy().empty(x.shape, x.dtype)
     _unpacked(rows, gx, _unscale(rows.dtype))
     return gx
 
@@ -282,11 +242,7 @@ def _blocks(rows, channels: int) -> tuple[int, int]:
 @functools.cache
 def _arrived():
     """The counter with which the last block of a sum finds out that it is the last."""
-    return _xp().zeros(1, np.uint32)
-
-
-def _xp():
-    return chainer.cuda.cupy
+    return kernels.cupy().zeros(1, np.uint32)
 
 
 def _geometry(y, shortcut) -> tuple[int, ...]:
@@ -300,19 +256,66 @@ def _normalize(x, stats, shortcut, y) -> None:
     channels = x.shape[3]
     rows, width = x.size // channels, _width(x.dtype)
     shape = _geometry(y, shortcut)
-    _launch_on(x, "normalize", x.size // width, x, stats, shortcut, y, rows, channels, *shape)
+    launch_on(x, "normalize", x.size // width, x, stats, shortcut, y, rows, channels, *shape)
 
 
 def _shortcut_gradient(g, shape: tuple[int, ...]):
     """Gradient of a shortcut (N, H, W, C) from that of A(shortcut)."""
     if g.shape == shape:
         return g
-    gx = _xp().empty(shape, g.dtype)
+    gx = kernels.cupy().empty(shape, g.dtype)
     rows = gx.size // shape[3]
     threads = gx.size // _width(g.dtype)
     arguments = (rows, g.shape[3], *_geometry(g, gx))
-    _launch_on(g, "shortcut_gradient", threads, g, gx, *arguments)
+    launch_on(g, "shortcut_gradient", threads, g, gx, *arguments)
     return gx
+
+
+class _Convolution:
+    """The convolutions of a layer, each by our kernel if there is one, else by cuDNN.
+
+    Args:
+        shape: (N, C, H, W) of the input in memory.
+        channels: K, channels of the output.
+        stride: 1 or 2.
+        precision: As of ``cudnn.Convolution``.
+    """
+
+    def __init__(self, shape: tuple[int, ...], channels: int, stride: int, precision: str) -> None:
+        self.cudnn = cudnn.Convolution(shape, channels, stride, precision)
+        self.own = tensor_cores.find(shape, channels, stride, precision)
+        self.out_shape = self.cudnn.out_shape
+
+    def forward(self, x, w, y) -> None:
+        """Fill y (N, H, W, K) with the convolution of x (N, H, W, C) and filters (K, C, 3, 3)."""
+        if self.own is not None:
+            self.own.forward(x, kernels.cupy().ascontiguousarray(w), y)
+            return
+        self.cudnn.forward(x, self._filters(w, x), y)
+
+    def backward_data(self, gy, w, gx) -> None:
+        """Fill gx with the gradient of the input."""
+        if self.own is not None and self.own.has_backward_data:
+            self.own.backward_data(gy, kernels.cupy().ascontiguousarray(w), gx)
+            return
+        self.cudnn.backward_data(gy, self._filters(w, gx), gx)
+
+    def backward_weights(self, x, gy, gw) -> None:
+        """Fill gw, float32 (K, C, 3, 3), with the gradient of the filters."""
+        if self.own is not None:
+            self.own.backward_weights(x, gy, gw, _unscale(x.dtype))
+            return
+        k, _, *size = gw.shape
+        filters = kernels.cupy().empty((k, *size, x.shape[3]), x.dtype)
+        self.cudnn.backward_weights(x, gy, filters)
+        _unpacked(filters, gw, _unscale(x.dtype))
+
+    def _filters(self, w, x):
+        """As cuDNN takes them: channels last, of the type and the channels of x."""
+        return _packed(w, x.shape[3], x.dtype)
+
+
+_convolution = functools.cache(_Convolution)
 
 
 class _Node(Node):
@@ -331,7 +334,18 @@ class _Node(Node):
         place = getattr(parameter, "place_of_gradient", None)
         if place is not None and earlier is None:  # else what is there is still needed
             return place
-        return _xp().empty(self.inputs[index].shape, np.float32)
+        return kernels.cupy().empty(self.inputs[index].shape, np.float32)
+
+
+    def sum(self, gx, earlier):
+        """gx, which is not in use elsewhere, plus the gradient that was there before or None."""
+        if earlier is None:
+            return gx
+        if gx.dtype != self.backend.dtype or gx.shape[1] % _width(gx.dtype):
+            return gx + earlier
+        total, rows = _rows(gx), _rows(earlier)
+        launch_on(rows, "add", rows.size // _width(rows.dtype), rows, total, rows.size)
+        return _images(total)
 
 
 class _Layer(_Node):
@@ -350,15 +364,14 @@ class _Layer(_Node):
     def forward(self, inputs):
         self.retain_inputs(tuple(range(len(inputs))))
         x, w, gamma, beta, *shortcut = inputs
-        bn, xp, dtype = self.bn, _xp(), self.backend.dtype
+        bn, xp, dtype = self.bn, kernels.cupy(), self.backend.dtype
         self.x = _activation(x, dtype)
         n, height, width, channels_in = self.x.shape
         shape, channels = (n, channels_in, height, width), len(w)
-        self.filters = _packed(w, channels_in, dtype)
-        self.convolution = cudnn.convolution(shape, channels, self.stride, self.backend.precision)
+        self.convolution = _convolution(shape, channels, self.stride, self.backend.precision)
         _, _, height, width = self.convolution.out_shape
         self.h = h = xp.empty((n, height, width, channels), dtype)
-        self.convolution.forward(self.x, self.filters, h)
+        self.convolution.forward(self.x, w, h)
         self.stats = xp.empty((4, channels), np.float32)
         averages = bn.avg_mean, bn.avg_var
         if self.trains:
@@ -366,10 +379,10 @@ class _Layer(_Node):
             parts = xp.empty((blocks, 2, channels), np.float32)
             sums = h, count, channels, chunk, parts, _arrived()
             moments = gamma, beta, float(bn.eps), float(bn.decay), *averages, self.stats
-            _launch_on(h, "moments", blocks * THREADS, *sums, *moments)
+            launch_on(h, "moments", blocks * THREADS, *sums, *moments)
         else:
             moments = gamma, beta, float(bn.eps), *averages, channels, self.stats
-            _launch("fixed_moments", channels, *moments)
+            launch("fixed_moments", channels, *moments)
         self.y = xp.empty_like(h)
         self.shortcut = _activation(shortcut[0], dtype) if shortcut else None
         _normalize(h, self.stats, self.shortcut, self.y)
@@ -379,9 +392,9 @@ class _Layer(_Node):
         return (y,)
 
     def gradients(self, indexes, gy, before):
-        x, _, gamma, _, *shortcut = (v.array for v in self.get_retained_inputs())
+        x, w, gamma, _, *shortcut = (v.array for v in self.get_retained_inputs())
         earlier = dict(zip(indexes, before, strict=True))
-        xp, h, stats, gy = _xp(), self.h, self.stats, _rows(gy)
+        xp, h, stats, gy = kernels.cupy(), self.h, self.stats, _rows(gy)
         channels = h.shape[3]
         (blocks, chunk), count = _blocks(h, channels), h.size // channels
         g = xp.empty_like(gy) if shortcut else None
@@ -391,36 +404,23 @@ class _Layer(_Node):
         parts = xp.empty((blocks, 2, channels), np.float32)
         images = h, gy, self.y, g, stats, gamma, count, channels, chunk, parts, _arrived()
         sums = int(self.trains), unscale, results[2], results[3], coefficients
-        _launch_on(h, "gradient_sums", blocks * THREADS, *images, *sums)
+        launch_on(h, "gradient_sums", blocks * THREADS, *images, *sums)
         gh = xp.empty_like(h)
         masked = (g, None) if shortcut else (gy, stats)
         threads = h.size // _width(h.dtype)
         arguments = (h, *masked, coefficients, gh, count, channels)
-        _launch_on(h, "input_gradient", threads, *arguments)
-        filters = xp.empty_like(self.filters)
-        self.convolution.backward_weights(self.x, gh, filters)
-        _unpacked(filters, results[1], unscale)
+        launch_on(h, "input_gradient", threads, *arguments)
+        self.convolution.backward_weights(self.x, gh, results[1])
         if 4 in earlier:
             rows = _shortcut_gradient(g, self.shortcut.shape)  # or g, which has been read by now
             results[4] = self.sum(_as_gradient_of(shortcut[0], rows), earlier[4])
             earlier[4] = None
         if 0 in earlier:
             gx = xp.empty_like(self.x)
-            self.convolution.backward_data(gh, self.filters, gx)
+            self.convolution.backward_data(gh, w, gx)
             results[0] = self.sum(_as_gradient_of(x, gx), earlier[0])
             earlier[0] = None
         return accumulated(indexes, results, earlier.values())
-
-    def sum(self, gx, earlier):
-        """gx, which is not in use elsewhere, plus the gradient that was there before or None."""
-        if earlier is None:
-            return gx
-        if gx.dtype != self.backend.dtype or gx.shape[1] % _width(gx.dtype):
-            return gx + earlier
-        total, rows = _rows(gx), _rows(earlier)
-        _launch_on(rows, "add", rows.size // _width(rows.dtype), rows, total, rows.size)
-        return _images(total)
-
 
 class _Cast(_Node):
     """float16 activations as float32 ones; their gradient as the scaled one."""
@@ -442,17 +442,27 @@ class _AddReLU(_Node):
     def forward(self, inputs):
         self.retain_inputs((0, 1))
         x, shortcut = map(_rows, inputs)
-        self.y = _xp().empty_like(x)
+        self.y = kernels.cupy().empty_like(x)
         _normalize(x, None, shortcut, self.y)
         return (_images(self.y),)
 
     def gradients(self, indexes, gy, before):
         gy = _rows(gy)
-        g = _xp().empty_like(gy)
-        _launch_on(g, "masked", g.size // _width(g.dtype), gy, self.y, g, g.size)
         n, c, h, w = self.get_retained_inputs()[1].shape
-        results = _images(g), _images(_shortcut_gradient(g, (n, h, w, c)))
-        return accumulated(indexes, results, before)
+
+        def masked():
+            g = kernels.cupy().empty_like(gy)
+            launch_on(g, "masked", g.size // _width(g.dtype), gy, self.y, g, g.size)
+            return g
+
+        g = masked()
+        of_shortcut = _shortcut_gradient(g, (n, h, w, c))
+        if of_shortcut is g and any(earlier is not None for earlier in before):
+            of_shortcut = masked()  # one of the two will be added to
+        results = _images(g), _images(of_shortcut)
+        return tuple(
+            self.sum(results[i], earlier) for i, earlier in zip(indexes, before, strict=True)
+        )
 
 
 class _AveragePooling(_Node):
@@ -465,17 +475,17 @@ class _AveragePooling(_Node):
         self.retain_inputs((0,))
         x = _rows(inputs[0])
         n, h, w, c = x.shape
-        y = _xp().empty((n, c), np.float32)
-        _launch_on(x, "average", y.size, x, y, y.size, c, h * w)
+        y = kernels.cupy().empty((n, c), np.float32)
+        launch_on(x, "average", y.size, x, y, y.size, c, h * w)
         return (y,)
 
     def gradients(self, indexes, gy, before):
         (x,) = self.get_retained_inputs()
         n, c, h, w = x.shape
-        gx = _xp().empty((n, h, w, c), x.dtype)
+        gx = kernels.cupy().empty((n, h, w, c), x.dtype)
         factor = 1 / _unscale(x.dtype) / (h * w)
-        gy = _xp().ascontiguousarray(gy)
-        _launch_on(gx, "average_gradient", gx.size, gy, gx, gx.size, c, h * w, factor)
+        gy = kernels.cupy().ascontiguousarray(gy)
+        launch_on(gx, "average_gradient", gx.size, gy, gx, gx.size, c, h * w, factor)
         return accumulated(indexes, [_images(gx)], before)
 
 
@@ -487,22 +497,22 @@ class _Linear(_Node):
 
     def forward(self, inputs):
         self.retain_inputs((0, 1, 2))
-        x, w, b = map(_xp().ascontiguousarray, inputs)
+        x, w, b = map(kernels.cupy().ascontiguousarray, inputs)
         (rows, channels), classes = x.shape, len(w)
-        y = _xp().empty((rows, classes), np.float32)
-        _launch("linear", y.size, x, w, b, y, rows, classes, channels)
+        y = kernels.cupy().empty((rows, classes), np.float32)
+        launch("linear", y.size, x, w, b, y, rows, classes, channels)
         return (y,)
 
     def gradients(self, indexes, gy, before):
-        x, w, _ = (_xp().ascontiguousarray(v.array) for v in self.get_retained_inputs())
-        gy = _xp().ascontiguousarray(gy)
+        x, w, _ = (kernels.cupy().ascontiguousarray(v.array) for v in self.get_retained_inputs())
+        gy = kernels.cupy().ascontiguousarray(gy)
         earlier = dict(zip(indexes, before, strict=True))
         shape = len(x), len(w), x.shape[1]
-        results = {0: _xp().empty_like(x), **{i: self.place(i, earlier.get(i)) for i in (1, 2)}}
+        results = {0: kernels.cupy().empty_like(x), **{i: self.place(i, earlier.get(i)) for i in (1, 2)}}
         sums = results[1].size + results[2].size
-        _launch("linear_gradients", sums * THREADS, x, gy, results[1], results[2], *shape)
+        launch("linear_gradients", sums * THREADS, x, gy, results[1], results[2], *shape)
         if 0 in earlier:
-            _launch("linear_input_gradient", x.size, gy, w, results[0], *shape)
+            launch("linear_input_gradient", x.size, gy, w, results[0], *shape)
         return accumulated(indexes, results, before)
 
 
@@ -518,15 +528,15 @@ class _SoftmaxCrossEntropy(_Node):
 
     def forward(self, inputs):
         self.retain_inputs((0,))
-        y, t = map(_xp().ascontiguousarray, (inputs[0], self.t))
-        loss = _xp().empty((), np.float32)
-        self.g = _xp().empty_like(y)
-        _launch("cross_entropy", THREADS, y, t, *y.shape, loss, self.g)
+        y, t = map(kernels.cupy().ascontiguousarray, (inputs[0], self.t))
+        loss = kernels.cupy().empty((), np.float32)
+        self.g = kernels.cupy().empty_like(y)
+        launch("cross_entropy", THREADS, y, t, *y.shape, loss, self.g)
         return (loss,)
 
     def gradients(self, indexes, gy, before):
-        g = _xp().empty_like(self.g)
-        _launch("multiply", g.size, self.g, gy, g, g.size)
+        g = kernels.cupy().empty_like(self.g)
+        launch("multiply", g.size, self.g, gy, g, g.size)
         return accumulated(indexes, [g], before)
 
 
@@ -543,11 +553,11 @@ class _FlatMomentumSGD(FlatMomentumSGD):
 
     def __init__(self, momentum: float, weight_decay: float, dtype) -> None:
         super().__init__(momentum, weight_decay)
-        self.rate = _xp().zeros(1, np.float32)
+        self.rate = kernels.cupy().zeros(1, np.float32)
         self._sent = 0.0
         halves = dtype == np.float16
-        self.skipped = _xp().zeros((), np.int64) if halves else None
-        self._overflow = _xp().zeros(1, np.int32) if halves else None
+        self.skipped = kernels.cupy().zeros((), np.int64) if halves else None
+        self._overflow = kernels.cupy().zeros(1, np.int32) if halves else None
 
     def send_rate(self) -> None:
         """Bring ``lr`` to the GPU; a captured step reads it there."""
@@ -561,10 +571,10 @@ class _FlatMomentumSGD(FlatMomentumSGD):
         arrays = self.values, self.gradients, self.velocities, self.rate, self._overflow
         numbers = float(self.momentum), float(self.weight_decay), size
         if self.skipped is not None:
-            _launch("find_overflow", size, self.gradients, self._overflow, size)
-        _launch("momentum_step", size, *arrays, *numbers)
+            launch("find_overflow", size, self.gradients, self._overflow, size)
+        launch("momentum_step", size, *arrays, *numbers)
         if self.skipped is not None:
-            _launch("count_overflow", 1, self._overflow, self.skipped)
+            launch("count_overflow", 1, self._overflow, self.skipped)
 
     def gather(self, parameter, place) -> None:
         if parameter.grad is not parameter.place_of_gradient:

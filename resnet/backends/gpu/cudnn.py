@@ -236,4 +236,3 @@ class Convolution:
         return graph
 
 
-convolution = functools.cache(Convolution)

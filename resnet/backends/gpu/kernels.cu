@@ -93,21 +93,30 @@ __device__ inline bool is_last_block(unsigned* arrived) {
     return last;
 }
 
-// Sum over all blocks of value(block, channel), for the channel threadIdx.x % channels.
-template <typename F> __device__ inline double sum_blocks(int channels, F value) {
-    __shared__ double shared[THREADS];
+// Sums over all blocks of first(block, parts of it) and of second, for the channel threadIdx.x %
+// channels; parts: (blocks, 2, channels), and a function gets the two of a block.
+struct Sums {
+    double first, second;
+};
+template <typename F, typename G>
+__device__ inline Sums sum_blocks(const float* parts, int channels, F first, G second) {
+    __shared__ double shared[2 * THREADS];
     const int lanes = THREADS / channels, lane = threadIdx.x / channels;
     const int channel = threadIdx.x % channels;
-    double total = 0;
+    double a = 0, b = 0;
     if (lane < lanes) {
+#pragma unroll 8  // so many are on their way from the memory at once
         for (int block = lane; block < (int)gridDim.x; block += lanes) {
-            total += value(block, channel);
+            const float* part = parts + block * 2 * channels + channel;
+            const float x = __ldcg(part), y = __ldcg(part + channels);
+            a += first(block, x, y);
+            b += second(block, x, y);
         }
     }
-    __syncthreads();  // of an earlier sum the result has been read
-    shared[threadIdx.x] = total;
-    sum_lanes<1>(shared, lanes, channels);
-    return shared[channel];
+    shared[threadIdx.x] = a;
+    shared[THREADS + threadIdx.x] = b;
+    sum_lanes<2>(shared, lanes, channels);
+    return {shared[channel], shared[THREADS + channel]};
 }
 
 // ---- Batch normalization -----------------------------------------------------------------------
@@ -161,16 +170,13 @@ __global__ void __launch_bounds__(THREADS)
     }
     if (!is_last_block(arrived)) return;
     const auto weight = [=](int block) { return (double)min(chunk, rows - block * chunk); };
-    const double mean = sum_blocks(channels, [=](int block, int channel) {
-        return weight(block) * __ldcg(parts + block * 2 * channels + channel);
-    }) / rows;
-    const double squares = sum_blocks(channels, [=](int block, int channel) {
-        const double d = __ldcg(parts + block * 2 * channels + channel) - mean;
-        return __ldcg(parts + (block * 2 + 1) * channels + channel) + weight(block) * d * d;
-    });
+    const Sums sums = sum_blocks(
+        parts, channels, [=](int block, float own, float) { return weight(block) * own; },
+        [=](int block, float own, float around) { return around + weight(block) * own * own; });
     const int channel = threadIdx.x;
     if (channel >= channels) return;
-    const double var = squares / rows, inverse = 1 / sqrt(var + eps);
+    const double mean = sums.first / rows, all = sums.second - sums.first * mean;
+    const double squares = all < 0 ? 0 : all, var = squares / rows, inverse = 1 / sqrt(var + eps);
     const double scale = gamma[channel] * inverse;
     stats[channel] = mean;
     stats[channels + channel] = inverse;
@@ -281,12 +287,9 @@ __global__ void __launch_bounds__(THREADS)
         }
     }
     if (!is_last_block(arrived)) return;
-    const double sum = sum_blocks(channels, [=](int block, int channel) {
-        return (double)__ldcg(parts + block * 2 * channels + channel);
-    });
-    const double centred = sum_blocks(channels, [=](int block, int channel) {
-        return (double)__ldcg(parts + (block * 2 + 1) * channels + channel);
-    });
+    const Sums sums = sum_blocks(
+        parts, channels, [](int, float x, float) { return x; }, [](int, float, float y) { return y; });
+    const double sum = sums.first, centred = sums.second;
     const int channel = threadIdx.x;
     if (channel >= channels) return;
     // With the statistics of the batch, xhat = (x - mean) / s:

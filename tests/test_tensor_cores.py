@@ -1,0 +1,118 @@
+"""Our convolutions on tensor cores beside PyTorch's in float64: the kernels' source on the CPU, or a GPU."""
+
+import chainer
+import emulation
+import numpy as np
+import pytest
+import torch
+
+from resnet import functions
+from resnet.backends.gpu import cudnn, kernels, tensor_cores
+
+TOLERANCES = {"fp32": 2e-6, "tf32": 1e-3, "fp16": 1e-3}
+LEAST = {"fp32": 0, "tf32": 1e-5, "fp16": 0}  # else it is not that precision
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def xp(request, monkeypatch):
+    """CuPy, or what stands for it."""
+    if request.param == "gpu":
+        if not functions.count_gpus():
+            pytest.skip("there is no GPU")
+        yield kernels.cupy()
+        return
+    if emulation.COMPILER is None:
+        pytest.skip("g++ is missing: it compiles the CUDA kernels for the CPU")
+    *_, memory = emulation.install(monkeypatch)
+    yield memory
+    memory.check()
+
+
+def normal(*shape, seed=0):
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+def by_pytorch(x, w, stride, gy):
+    """Output of a convolution and gradients of input and filters, in float64."""
+    x, w = (torch.tensor(a.astype(np.float64), requires_grad=True) for a in (x, w))
+    y = torch.nn.functional.conv2d(x, w, None, stride, 1)
+    y.backward(torch.tensor(gy.astype(np.float64)))
+    return [a.detach().numpy() for a in (y, x.grad, w.grad)]
+
+
+@pytest.mark.parametrize("images", [1, 3, 128])
+@pytest.mark.parametrize("precision", cudnn.PRECISIONS)
+@pytest.mark.parametrize("kind", kernels.TILES, ids=lambda kind: "-".join(map(str, kind)))
+def test_they_are_pytorchs(kind, precision, images, xp):
+    """Of three images the last tile of two is half empty; of 128 a block has several tiles."""
+    if images == 128 and isinstance(xp, emulation.Memory):
+        images = 133 if kind.width == 32 and precision == "tf32" else 2  # it takes long
+    if kind.channels == (4 if precision == "fp16" else 8):
+        pytest.skip("not how this precision has its images")
+    side, channels = kind.width * kind.stride, 3 if kind.channels < 16 else kind.channels
+    dtype = np.float16 if precision == "fp16" else np.float32
+    x = normal(images, channels, side, side).astype(dtype)
+    gy = normal(images, kind.filters, kind.width, kind.width, seed=2).astype(dtype)
+    w = normal(kind.filters, channels, 3, 3, seed=1) / 8
+    shape = images, kind.channels, side, side
+    convolution = tensor_cores.find(shape, kind.filters, kind.stride, precision)
+
+    def rows(x, channels):
+        padded = xp.empty((*x.shape[:1], *x.shape[2:], channels), dtype)
+        padded[...] = 0
+        padded[..., : x.shape[1]] = xp.asarray(x.transpose(0, 2, 3, 1))
+        return padded
+
+    x_rows, gy_rows, filters = rows(x, kind.channels), rows(gy, kind.filters), xp.asarray(w)
+    y, gx, gw = xp.empty_like(gy_rows), xp.empty_like(x_rows), xp.empty_like(filters)
+    convolution.forward(x_rows, filters, y)
+    convolution.backward_weights(x_rows, gy_rows, gw, 0.5)
+    expected = by_pytorch(x, w, kind.stride, gy)
+    pairs = [(y.transpose(0, 3, 1, 2), expected[0]), (2 * gw, expected[2])]
+    assert convolution.has_backward_data == (kind.channels == kind.filters)
+    if convolution.has_backward_data:
+        convolution.backward_data(gy_rows, filters, gx)
+        pairs.append((gx.transpose(0, 3, 1, 2), expected[1]))
+    for found, right in pairs:
+        found = np.asarray(chainer.cuda.to_cpu(found), np.float64)
+        error = np.linalg.norm(found - right) / np.linalg.norm(right)
+        assert LEAST[precision] <= error < TOLERANCES[precision]
+
+
+@pytest.mark.parametrize("precision", cudnn.PRECISIONS)
+def test_no_bit_depends_on_the_order_of_threads_and_blocks(precision, monkeypatch):
+    if emulation.COMPILER is None:
+        pytest.skip("g++ is missing: it compiles the CUDA kernels for the CPU")
+    module, _, memory = emulation.install(monkeypatch, precision)
+    results = []
+    for module.reversed in (False, True):
+        for kind in kernels.TILES:
+            if kind.channels == (4 if precision == "fp16" else 8):
+                continue
+            dtype = np.float16 if precision == "fp16" else np.float32
+            side = kind.width * kind.stride
+            x = normal(3, side, side, kind.channels).astype(dtype)
+            gy = normal(3, kind.width, kind.width, kind.filters, seed=1).astype(dtype)
+            w = normal(kind.filters, max(kind.channels, 16) % 64 or 64, 3, 3, seed=2)
+            convolution = tensor_cores.find(
+                (3, kind.channels, side, side), kind.filters, kind.stride, precision
+            )
+            y, gw = memory.empty(gy.shape, dtype), memory.empty((kind.filters, kind.channels, 3, 3))
+            convolution.forward(x, w[:, : kind.channels].copy(), y)
+            convolution.backward_weights(x, gy, gw)
+            results.append((y.tobytes(), gw.tobytes()))
+    assert results[: len(results) // 2] == results[len(results) // 2 :]
+
+
+def test_other_convolutions_are_left_to_cudnn(monkeypatch):
+    monkeypatch.setattr(cudnn, "compute_capability", lambda: 80)
+    assert tensor_cores.find((2, 16, 32, 32), 16, 1, "tf32")
+    for shape, filters, stride in (
+        ((2, 16, 32, 16), 16, 1),
+        ((2, 16, 64, 64), 16, 1),
+        ((2, 24, 32, 32), 24, 1),
+        ((2, 16, 31, 31), 32, 2),
+    ):
+        assert tensor_cores.find(shape, filters, stride, "tf32") is None
+    monkeypatch.setattr(cudnn, "compute_capability", lambda: 75)
+    assert tensor_cores.find((2, 16, 32, 32), 16, 1, "tf32") is None
