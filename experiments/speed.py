@@ -54,11 +54,12 @@ from resnet.backends.cpu import onednn, primitives
 from resnet.backends.gpu.capture import EAGER, Captured
 from resnet.network import CHANNELS, depth, resnet
 
-CPU_BACKENDS = tuple(name for name in functions.BACKENDS if name not in ("auto", "cuda"))
+CPU_BACKENDS = tuple(name for name in functions.BACKENDS if name not in ("auto", *functions.ON_GPU))
 OURS = {
     "ours": ("auto", None),
     **{name: (name, None) for name in CPU_BACKENDS},
     **{f"ours {p}": ("cuda", p) for p in functions.PRECISIONS},
+    **{f"tensorcores {p}": ("tensorcores", p) for p in functions.PRECISIONS},
 }  # variant: backend, precision
 TORCH = {
     "torch": "PyTorch",
@@ -69,7 +70,8 @@ TORCH = {
 FLOORS = {"floor": 1, "floor winograd": 4}  # how many products of stride 1 become one
 ON_CPU = ("ours", *CPU_BACKENDS, "torch", "torch channels_last", "torch compile",
           "torch channels_last bf16", "torch compile bf16", *FLOORS)  # fmt: skip
-ON_GPU = (*(f"ours {p}" for p in functions.PRECISIONS), "chainer", *TORCH,
+ON_GPU = (*(f"ours {p}" for p in functions.PRECISIONS), "chainer",
+          *(f"tensorcores {p}" for p in functions.PRECISIONS), *TORCH,
           *(f"{name} fp16" for name in TORCH if name != "torch"))  # fmt: skip
 VARIANTS = tuple(dict.fromkeys(ON_CPU + ON_GPU))
 PRECISIONS = {"fp32": "float32", "tf32": "TF32", "fp16": "float16", "bf16": "bfloat16"}
@@ -148,7 +150,7 @@ def step_of(variant: str, n: int, batchsize: int, device) -> Step:
     if not gpu:
         return Step(step, backend=backend)
     pools = [device.xp.get_default_memory_pool()]
-    if name == "cuda":
+    if name in functions.ON_GPU:
         step = Captured(step, lambda: None)
         pools.append(step.pool)
     wait = device.xp.cuda.runtime.deviceSynchronize

@@ -94,10 +94,10 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
         help="cpu, or the number of a GPU (default: GPU 0 when there is one)")
     add("--backend", choices=functions.BACKENDS, default="auto",
         help="what computes: chainer, Chainer's own functions; onednn, ten times faster on a CPU; "
-        "winograd, twice as fast again; cuda, on a GPU, never run on one yet (default: auto, the "
-        "fastest on a CPU)")
+        "winograd, twice as fast again; cuda, on a GPU, with cuDNN's convolutions; tensorcores, "
+        "with our own, never run on one yet (default: auto, the fastest but tensorcores)")
     add("--precision", choices=functions.PRECISIONS,
-        help="of --backend cuda: fp32; tf32, products of convolutions with 10 bits of mantissa; "
+        help="on a GPU: fp32; tf32, products of convolutions with 10 bits of mantissa; "
         "fp16, activations in 16 bits (default: tf32)")
     add("--communicator", choices=parallel.COMMUNICATORS,
         help="train with all processes that mpirun has started, each with its share of the batch: "

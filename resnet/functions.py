@@ -21,7 +21,8 @@ from resnet.backends.gpu.cudnn import PRECISIONS
 from resnet.backends.reference import REFERENCE
 
 count_gpus = cuda.count_gpus
-BACKENDS = ("auto", "chainer", "onednn", "winograd", "cuda")
+ON_GPU = ("cuda", "tensorcores")
+BACKENDS = ("auto", "chainer", "onednn", "winograd", *ON_GPU)
 _backend = REFERENCE
 
 
@@ -29,10 +30,10 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
     """Choose what computes from here on.
 
     Args:
-        name: One of ``BACKENDS``; ``auto`` takes the fastest that is installed and, on a GPU,
-            Chainer's own functions until the CUDA backend has been seen to run on one.
+        name: One of ``BACKENDS``; ``auto`` takes the fastest that is installed; of a GPU's, the
+            fastest that has been seen to run on one: ``cuda``.
         gpu: Whether the arrays will be on a GPU.
-        precision: One of ``PRECISIONS``, of the CUDA backend only; None is its ``tf32``.
+        precision: One of ``PRECISIONS``, on a GPU only; None is ``tf32``.
 
     Returns:
         One line for the header of a run: which backend computes, and why.
@@ -45,32 +46,33 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
         raise ValueError(f"found '{name}', legal: {', '.join(BACKENDS)}")
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"found precision '{precision}', legal: {', '.join(PRECISIONS)}")
-    if precision is not None and name != "cuda":
-        raise ValueError(f"has no --precision {precision}; legal: with --backend cuda")
-    if name == "cuda":
+    missing = ""
+    if name in ON_GPU or (name == "auto" and gpu):
         possible, reason = cuda.available()
-        if not possible:
+        if not possible and (name != "auto" or precision is not None):
             raise ValueError(reason)
         if not gpu:
             raise ValueError("computes on a GPU; legal: with --device 0")
-        _backend = capture.Recorded(precision or "tf32")
-        return _backend.describe()
+        if possible:
+            _backend = capture.Recorded(precision or "tf32", own=name == "tensorcores")
+            return _backend.describe()
+        missing = f"; faster on a GPU with cuDNN: {reason}"
+    if precision is not None:
+        legal = f"with --backend {' and '.join(ON_GPU)}, on a GPU"
+        raise ValueError(f"has no --precision {precision}; legal: {legal}")
     if name in ("onednn", "winograd"):
         if gpu:
-            raise ValueError("computes on the CPU; legal with a GPU: auto, chainer, cuda")
+            legal = ", ".join(("auto", "chainer", *ON_GPU))
+            raise ValueError(f"computes on the CPU; legal with a GPU: {legal}")
         possible, reason = _fast_cpu(by_tiles=name == "winograd")
         if not possible:
             raise ValueError(reason)
     possible, reason = _fast_cpu()
     here = possible and not gpu and name != "chainer"
     _backend = onednn.OneDNN(by_tiles=name != "onednn") if here else REFERENCE
-    if name == "auto" and gpu:
-        possible, reason = cuda.available()
-        missing = "" if possible else f"; {reason}"
-        return f"{_backend.describe()}; --backend cuda has never run on a GPU yet{missing}"
-    if name == "auto" and not possible:
+    if name == "auto" and not possible and not gpu:
         return f"{_backend.describe()}; faster on a CPU with oneDNN: {reason}"
-    return _backend.describe()
+    return _backend.describe() + missing
 
 
 def _fast_cpu(by_tiles: bool = False) -> tuple[bool, str]:

@@ -29,11 +29,12 @@ def library():
     """The kernels as a shared library."""
     folder = Path(tempfile.mkdtemp())
     names = folder / "names"
-    names.write_text("".join(f"KERNEL({name})\n" for name in kernels.program(CAPABILITY)[1]))
+    known = *kernels.KERNELS, *kernels.ON_TENSOR_CORES
+    names.write_text("".join(f"KERNEL({name})\n" for name in known))
     words = [COMPILER, "-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC",
              "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
-             f'-DSOURCE="{kernels.SOURCE}"', f'-DCONVOLUTIONS="{kernels.CONVOLUTIONS}"', f'-DLIST="{names}"',
-             HERE / "emulation.cpp", "-o", folder / "kernels.so"]  # fmt: skip
+             f'-DSOURCE="{kernels.SOURCE}"', f'-DCONVOLUTIONS="{kernels.CONVOLUTIONS}"',
+             f'-DLIST="{names}"', HERE / "emulation.cpp", "-o", folder / "kernels.so"]  # fmt: skip
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(folder / "kernels.so"))
@@ -106,7 +107,8 @@ class Module:
 
     def get_function(self, name: str):
         def kernel(grid, block, arguments, shared_mem=0):
-            assert len(grid) == len(block) == 1 and shared_mem <= kernel.max_dynamic_shared_size_bytes
+            assert len(grid) == len(block) == 1
+            assert shared_mem <= kernel.max_dynamic_shared_size_bytes
             for a in arguments:  # CuPy would pass Python's own numbers as 64 bits
                 assert isinstance(a, (np.ndarray, np.generic)), (name, a)
             boxes = [
@@ -373,16 +375,16 @@ class Frontend:
         return Graph(self, **settings)
 
 
-def install(monkeypatch, precision="tf32"):
+def install(monkeypatch, precision="tf32", own=False):
     """Let the CUDA backend compute on NumPy arrays; returns its kernels, cuDNN and memory."""
     stream = Stream()
     module, frontend, memory = Module(stream), Frontend(stream), Memory(stream)
     monkeypatch.setattr(kernels, "ARRAY", np.ndarray)
     monkeypatch.setattr(kernels, "cupy", lambda: memory)
-    monkeypatch.setattr(kernels, "_module", lambda: module)
+    monkeypatch.setattr(kernels, "_module", lambda _: module)
     monkeypatch.setattr(kernels, "_function", functools.cache(kernels._function.__wrapped__))
     monkeypatch.setattr(cuda, "_arrived", functools.cache(cuda._arrived.__wrapped__))
-    monkeypatch.setattr(functions, "_backend", capture.Recorded(precision))
+    monkeypatch.setattr(functions, "_backend", capture.Recorded(precision, own))
     monkeypatch.setattr(cudnn, "frontend", lambda: frontend)
     monkeypatch.setattr(cudnn, "_create_handle", frontend.create_handle)
     monkeypatch.setattr(cudnn, "compute_capability", lambda: CAPABILITY)

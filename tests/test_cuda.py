@@ -223,6 +223,7 @@ def losses(net, steps=3, batchsize=8):
 @pytest.mark.parametrize(("gpu", "tolerance"), [("fp32", 1e-5), ("fp16", 0.02)], indirect=["gpu"])
 @pytest.mark.parametrize("architecture", ["plain", "resresnet", "resresnet_twice"])
 def test_training_steps_are_those_of_chainers_functions(gpu, tolerance, architecture):
+    assert not functions._backend.own
     found = losses(network.ARCHITECTURES[architecture](1))
     functions._backend = REFERENCE
     expected = losses(network.ARCHITECTURES[architecture](1))
@@ -357,17 +358,24 @@ def test_cuda_without_a_driver_is_no_gpu(monkeypatch):
         flags.find_device("0")
 
 
-def test_on_a_gpu_chainers_own_functions_compute_unless_asked(monkeypatch):
-    """Until the backend has been seen to run on one."""
+def test_on_a_gpu_it_computes_where_it_can(monkeypatch):
     monkeypatch.setattr(functions, "_backend", functions._backend)
-    monkeypatch.setattr(cuda, "available", lambda: (True, "cuDNN 9"))
-    assert functions.use("auto", gpu=True).startswith("chainer")
+    monkeypatch.setattr(cuda, "available", lambda: (False, "cuDNN is missing"))
+    assert functions.use("auto", gpu=True).endswith("faster on a GPU with cuDNN: cuDNN is missing")
     assert functions._backend is REFERENCE
+    for words in ({"name": "cuda"}, {"precision": "fp16"}):
+        with pytest.raises(ValueError, match="cuDNN is missing"):
+            functions.use(gpu=True, **words)
+    monkeypatch.setattr(cuda, "available", lambda: (True, "cuDNN 9"))
+    assert functions.use("auto", gpu=True) == "cuda (cuDNN 9, tf32)"
+    assert functions.use("auto", gpu=True, precision="fp32") == "cuda (cuDNN 9, fp32)"
+    assert functions.use("tensorcores", gpu=True) == "tensorcores (cuDNN 9, tf32)"
     assert functions.use("cuda", gpu=True, precision="fp16") == "cuda (cuDNN 9, fp16)"
     assert functions.use("cuda", gpu=True) == "cuda (cuDNN 9, tf32)"
     with pytest.raises(ValueError, match="legal: with --device 0"):
         functions.use("cuda")
     with pytest.raises(ValueError, match="legal with a GPU"):
         functions.use("onednn", gpu=True)
-    with pytest.raises(ValueError, match="legal: with --backend cuda"):
-        functions.use("auto", gpu=True, precision="fp16")
+    for words in ({"name": "chainer", "gpu": True}, {"name": "auto"}):
+        with pytest.raises(ValueError, match="legal: with --backend cuda and tensorcores"):
+            functions.use(precision="fp16", **words)

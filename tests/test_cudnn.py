@@ -53,9 +53,9 @@ def test_a_plan_is_built_once_for_all_layers_of_a_shape(frontend):
     shape = (2, 16, 4, 4)
     arrays = [np.zeros(s, "f") for s in ((2, 4, 4, 16), (16, 16, 3, 3), (2, 4, 4, 16))]
     for _ in range(3):
-        cuda._convolution(shape, 16, 1, "tf32").forward(*arrays)
+        cuda._convolution(shape, 16, 1, "tf32", False).forward(*arrays)
     assert len(frontend.graphs) == 1
-    cuda._convolution(shape, 16, 1, "fp32").forward(*arrays)
+    cuda._convolution(shape, 16, 1, "fp32", False).forward(*arrays)
     assert len(frontend.graphs) == 2
 
 

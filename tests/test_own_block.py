@@ -69,7 +69,8 @@ def test_it_computes_what_pytorch_computes(backend):
     net.to_device(backend)
     x = np.random.RandomState(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
     y = net(backend.send(x))
-    parameters = {n: torch.tensor(chainer.cuda.to_cpu(p.array)).double() for n, p in net.copy().namedparams()}
+    net.to_device("@numpy")
+    parameters = {n: torch.tensor(p.array).double() for n, p in net.copy().namedparams()}
 
     def bn(name, x):
         gamma, beta = (parameters[f"{name}/{key}"] for key in ("gamma", "beta"))

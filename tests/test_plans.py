@@ -133,7 +133,7 @@ def test_the_convolutions_are_those_that_the_networks_ask_for(monkeypatch, preci
     asked = set()
 
     def convolution(*arguments):
-        asked.add(arguments)
+        asked.add(arguments[:-1])
         return cuda._Convolution(*arguments)
 
     monkeypatch.setattr(cuda, "_convolution", convolution)

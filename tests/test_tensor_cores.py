@@ -1,4 +1,4 @@
-"""Our convolutions on tensor cores beside PyTorch's in float64: the kernels' source on the CPU, or a GPU."""
+"""Our convolutions on tensor cores beside PyTorch's in float64, on a GPU or its stand-in."""
 
 import chainer
 import emulation
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from resnet import functions
+from resnet import functions, network
 from resnet.backends.gpu import cudnn, kernels, tensor_cores
+from resnet.backends.reference import REFERENCE
 
 TOLERANCES = {"fp32": 2e-6, "tf32": 1e-3, "fp16": 1e-3}
 LEAST = {"fp32": 0, "tf32": 1e-5, "fp16": 0}  # else it is not that precision
@@ -116,3 +117,31 @@ def test_other_convolutions_are_left_to_cudnn(monkeypatch):
         assert tensor_cores.find(shape, filters, stride, "tf32") is None
     monkeypatch.setattr(cudnn, "compute_capability", lambda: 75)
     assert tensor_cores.find((2, 16, 32, 32), 16, 1, "tf32") is None
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("tf32", 0.02)])
+def test_training_steps_are_those_of_chainers_functions(precision, tolerance, monkeypatch):
+    """Of a ResNet-8, two steps: its stride-2 gradients come from cuDNN's stand-in."""
+    if emulation.COMPILER is None:
+        pytest.skip("g++ is missing: it compiles the CUDA kernels for the CPU")
+    x, t = normal(2, 3, 32, 32), np.array([3, 7], np.int32)
+
+    def losses():
+        net, found = network.resnet(1), []
+        optimizer = functions.momentum_sgd(net, 0.9, 1e-4)
+        optimizer.lr = 0.01
+        for _ in range(2):
+            loss = functions.softmax_cross_entropy(net(x), t)
+            net.cleargrads()
+            loss.backward()
+            optimizer.update()
+            found.append(float(loss.array))
+        return found
+
+    module, frontend, memory = emulation.install(monkeypatch, precision, own=True)
+    found = losses()
+    assert {graph.kind for graph in frontend.graphs} == {"conv_dgrad"}
+    assert sum("filter_gradient" in name for name in module.launched) == 2 * 7
+    memory.check()
+    functions._backend = REFERENCE
+    np.testing.assert_allclose(found, losses(), rtol=tolerance)

@@ -138,8 +138,9 @@ class Step:
         network.cleargrads()
         loss.backward()
         self.optimizer.update()
-        arrays = self.loss, self.correct, self.counter
-        kernels.launch("finish_step", kernels.THREADS, y.array, self.t, loss.array, *y.shape, *arrays)
+        arrays = y.array, self.t, loss.array, *y.shape
+        sums = self.loss, self.correct, self.counter
+        kernels.launch("finish_step", kernels.THREADS, *arrays, *sums)
 
     def _signature(self) -> Hashable:
         """Where the persistent arrays are, and which parameters are trained."""
@@ -187,8 +188,9 @@ class Evaluation:
         with chainer.using_config("train", False), chainer.no_backprop_mode():
             y = self.network(cuda._images(self.x))
             loss = self.backend.softmax_cross_entropy(y, self.t)
-        arrays = self.loss, self.correct, self.counter
-        kernels.launch("finish_step", kernels.THREADS, y.array, self.t, loss.array, *y.shape, *arrays)
+        arrays = y.array, self.t, loss.array, *y.shape
+        sums = self.loss, self.correct, self.counter
+        kernels.launch("finish_step", kernels.THREADS, *arrays, *sums)
 
 
 class Recorded(cuda.Cuda):

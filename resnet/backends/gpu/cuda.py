@@ -72,17 +72,18 @@ class Cuda(Fused):
 
     Args:
         precision: One of ``cudnn.PRECISIONS``.
+        own: Whether to convolve with kernels of our own where there are some.
 
     Attributes:
         dtype: Type of the activations.
     """
 
-    def __init__(self, precision: str = "tf32") -> None:
-        self.precision = precision
+    def __init__(self, precision: str = "tf32", own: bool = False) -> None:
+        self.precision, self.own = precision, own
         self.dtype = np.dtype("f2" if precision == "fp16" else "f4")
 
     def describe(self) -> str:
-        return f"cuda ({available()[1]}, {self.precision})"
+        return f"{'tensorcores' if self.own else 'cuda'} ({available()[1]}, {self.precision})"
 
     def float32(self, x):
         return _Cast(self).apply((x,))[0] if x.dtype == np.float16 else x
@@ -156,6 +157,10 @@ class Cuda(Fused):
             return REFERENCE.momentum_sgd(network, momentum, weight_decay)
         return _FlatMomentumSGD(momentum, weight_decay, self.dtype).setup(network)
 
+    def convolution_of(self, shape: tuple[int, ...], channels: int, stride: int) -> _Convolution:
+        """The convolutions of layers of this shape; see ``_Convolution``."""
+        return _convolution(shape, channels, stride, self.precision, self.own)
+
     def _are_activations(self, *variables) -> bool:
         """Whether every kernel can take these images as they are, or once they are packed."""
         width = _width(self.dtype)
@@ -183,9 +188,8 @@ def _arrays(*variables) -> list:
 
 
 def _are_floats(*variables) -> bool:
-    return all(
-        isinstance(a, kernels.ARRAY) and a.dtype == np.float32 and a.size for a in _arrays(*variables)
-    )
+    arrays = _arrays(*variables)
+    return all(isinstance(a, kernels.ARRAY) and a.dtype == np.float32 and a.size for a in arrays)
 
 
 def _rows(x):
@@ -272,18 +276,21 @@ def _shortcut_gradient(g, shape: tuple[int, ...]):
 
 
 class _Convolution:
-    """The convolutions of a layer, each by our kernel if there is one, else by cuDNN.
+    """The convolutions of a layer, by our kernels if they are asked for and there are some.
 
     Args:
         shape: (N, C, H, W) of the input in memory.
         channels: K, channels of the output.
         stride: 1 or 2.
         precision: As of ``cudnn.Convolution``.
+        own: As of ``Cuda``.
     """
 
-    def __init__(self, shape: tuple[int, ...], channels: int, stride: int, precision: str) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], channels: int, stride: int, precision: str, own: bool
+    ) -> None:
         self.cudnn = cudnn.Convolution(shape, channels, stride, precision)
-        self.own = tensor_cores.find(shape, channels, stride, precision)
+        self.own = tensor_cores.find(shape, channels, stride, precision) if own else None
         self.out_shape = self.cudnn.out_shape
 
     def forward(self, x, w, y) -> None:
@@ -336,7 +343,6 @@ class _Node(Node):
             return place
         return kernels.cupy().empty(self.inputs[index].shape, np.float32)
 
-
     def sum(self, gx, earlier):
         """gx, which is not in use elsewhere, plus the gradient that was there before or None."""
         if earlier is None:
@@ -368,7 +374,7 @@ class _Layer(_Node):
         self.x = _activation(x, dtype)
         n, height, width, channels_in = self.x.shape
         shape, channels = (n, channels_in, height, width), len(w)
-        self.convolution = _convolution(shape, channels, self.stride, self.backend.precision)
+        self.convolution = self.backend.convolution_of(shape, channels, self.stride)
         _, _, height, width = self.convolution.out_shape
         self.h = h = xp.empty((n, height, width, channels), dtype)
         self.convolution.forward(self.x, w, h)
@@ -421,6 +427,7 @@ class _Layer(_Node):
             results[0] = self.sum(_as_gradient_of(x, gx), earlier[0])
             earlier[0] = None
         return accumulated(indexes, results, earlier.values())
+
 
 class _Cast(_Node):
     """float16 activations as float32 ones; their gradient as the scaled one."""
@@ -508,7 +515,8 @@ class _Linear(_Node):
         gy = kernels.cupy().ascontiguousarray(gy)
         earlier = dict(zip(indexes, before, strict=True))
         shape = len(x), len(w), x.shape[1]
-        results = {0: kernels.cupy().empty_like(x), **{i: self.place(i, earlier.get(i)) for i in (1, 2)}}
+        results = {i: self.place(i, earlier.get(i)) for i in (1, 2)}
+        results[0] = kernels.cupy().empty_like(x)
         sums = results[1].size + results[2].size
         launch("linear_gradients", sums * THREADS, x, gy, results[1], results[2], *shape)
         if 0 in earlier:

@@ -234,5 +234,3 @@ class Convolution:
         graph.create_execution_plans([modes.A, modes.FALLBACK])
         graph.deselect_numeric_notes(unwanted)  # of the plans that are there by now
         return graph
-
-

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import chainer
 import numpy as np
 
-from resnet.backends.gpu import cudnn
-
 ARRAY = chainer.backends.cuda.ndarray  # CuPy's; a stand-in of Chainer's where there is none
 SOURCE = Path(__file__).with_name("kernels.cu")
 CONVOLUTIONS = Path(__file__).with_name("convolutions.cu")  # after the other, in one program
@@ -81,7 +79,7 @@ def _name(kernel: str, *values) -> str:
     return f"{kernel}<{', '.join(words)}>"
 
 
-# Of the convolution and of its filters' gradient: more blocks than multiprocessors at batch 128, and
+# Of the convolution and of its filters' gradient: a block for each multiprocessor at batch 128, and
 # eight warps with the same work.
 TILES = {
     Shape(4, 16, 32, 1): (Tile(16, 8, 1), Tile(16, 8, 1)),  # of RGB images: 16 bytes in float32,
@@ -111,22 +109,22 @@ def cupy():
     return chainer.cuda.cupy
 
 
-def program(capability: int) -> tuple[str, tuple[str, ...]]:
-    """Source and names of the kernels for GPUs of a compute capability such as 90."""
-    if capability < CAPABILITY:
-        return SOURCE.read_text(), KERNELS
-    return SOURCE.read_text() + CONVOLUTIONS.read_text(), (*KERNELS, *ON_TENSOR_CORES)
+def program(on_tensor_cores: bool) -> tuple[str, tuple[str, ...]]:
+    """Source and names of the kernels of ``kernels.cu``, or of ``convolutions.cu``."""
+    if on_tensor_cores:
+        return SOURCE.read_text() + CONVOLUTIONS.read_text(), tuple(ON_TENSOR_CORES)
+    return SOURCE.read_text(), KERNELS
 
 
 @functools.cache
-def _module():
-    source, names = program(cudnn.compute_capability())
+def _module(on_tensor_cores: bool):
+    source, names = program(on_tensor_cores)
     return cupy().RawModule(code=source, options=("-std=c++17",), name_expressions=names)
 
 
 @functools.cache
 def _function(name: str):
-    function = _module().get_function(name)
+    function = _module(name in ON_TENSOR_CORES).get_function(name)
     if size := ON_TENSOR_CORES.get(name):
         function.max_dynamic_shared_size_bytes = size
     return function
