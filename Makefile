@@ -63,7 +63,7 @@ LAYERS = tests/test_gpu.py -k eager
 else
 GPU_TESTS = tests/test_random.py tests/test_augmentation.py tests/test_functions.py \
     tests/test_modules.py tests/test_fused.py tests/test_network.py tests/test_own_block.py \
-    tests/test_gpu.py tests/test_agreement.py
+    tests/test_tensor_cores.py tests/test_gpu.py tests/test_agreement.py
 LAYERS = tests/test_functions.py -k cuda
 endif
 gpu: $(INSTALLED)-gpu$(CUDA)

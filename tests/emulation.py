@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from resnet import functions
-from resnet.backends.gpu import capture, cuda, cudnn, kernels
+from resnet.backends.gpu import capture, cuda, cudnn, programs
 
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")
@@ -29,11 +29,11 @@ def library():
     """The kernels as a shared library."""
     folder = Path(tempfile.mkdtemp())
     names = folder / "names"
-    known = *kernels.KERNELS, *kernels.ON_TENSOR_CORES
+    known = *programs.KERNELS, *programs.ON_TENSOR_CORES
     names.write_text("".join(f"KERNEL({name})\n" for name in known))
     words = [COMPILER, "-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC",
              "-ffp-contract=off", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
-             f'-DSOURCE="{kernels.SOURCE}"', f'-DCONVOLUTIONS="{kernels.CONVOLUTIONS}"',
+             f'-DSOURCE="{programs.SOURCE}"', f'-DCONVOLUTIONS="{programs.CONVOLUTIONS}"',
              f'-DLIST="{names}"', HERE / "emulation.cpp", "-o", folder / "kernels.so"]  # fmt: skip
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -379,10 +379,10 @@ def install(monkeypatch, precision="tf32", own=False):
     """Let the CUDA backend compute on NumPy arrays; returns its kernels, cuDNN and memory."""
     stream = Stream()
     module, frontend, memory = Module(stream), Frontend(stream), Memory(stream)
-    monkeypatch.setattr(kernels, "ARRAY", np.ndarray)
-    monkeypatch.setattr(kernels, "cupy", lambda: memory)
-    monkeypatch.setattr(kernels, "_module", lambda _: module)
-    monkeypatch.setattr(kernels, "_function", functools.cache(kernels._function.__wrapped__))
+    monkeypatch.setattr(programs, "ARRAY", np.ndarray)
+    monkeypatch.setattr(programs, "cupy", lambda: memory)
+    monkeypatch.setattr(programs, "_module", lambda _: module)
+    monkeypatch.setattr(programs, "_function", functools.cache(programs._function.__wrapped__))
     monkeypatch.setattr(cuda, "_arrived", functools.cache(cuda._arrived.__wrapped__))
     monkeypatch.setattr(functions, "_backend", capture.Recorded(precision, own))
     monkeypatch.setattr(cudnn, "frontend", lambda: frontend)

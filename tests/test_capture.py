@@ -9,7 +9,7 @@ from chainer.serializers import DictionarySerializer, NpzDeserializer
 from conftest import layer
 
 from resnet import cifar10, extensions, functions, network, schedule
-from resnet.backends.gpu import cuda, kernels
+from resnet.backends.gpu import cuda, programs
 from resnet.batches import Batches, Images
 from resnet.parallel import ALONE, Processes
 from resnet.updater import Updater
@@ -165,7 +165,7 @@ def test_what_cannot_be_recorded_goes_on_eagerly_and_says_so(gpu, dataset, where
     eager, updater = make_updater(dataset, recorded=False), make_updater(dataset)
     gpu.stream.refuses = where
     if where == "a kernel":
-        launch = kernels.launch
+        launch = programs.launch
 
         def refuse(name, *arguments):
             if gpu.stream.recording is not None and name == "momentum_step":

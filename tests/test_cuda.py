@@ -16,7 +16,7 @@ from chainer import links as L
 from conftest import layer
 
 from resnet import flags, functions, network
-from resnet.backends.gpu import cuda, kernels
+from resnet.backends.gpu import cuda, programs
 from resnet.backends.reference import REFERENCE
 from resnet.batches import Batches, Images
 from resnet.command import InputError
@@ -102,10 +102,10 @@ def test_moments_of_any_number_of_rows(gpu, count, channels, mean):
     average_mean, average_var = np.ones(channels, "f"), np.full(channels, 2, "f")
     blocks, chunk = cuda._blocks(x, channels)
     assert (blocks - 1) * chunk < count <= blocks * chunk
-    xp = kernels.cupy()
+    xp = programs.cupy()
     parts, stats = xp.empty((blocks, 2, channels)), xp.empty((4, channels))
-    kernels.launch_on(
-        x, "moments", blocks * kernels.THREADS, x, count, channels, chunk, parts, cuda._arrived(),
+    programs.launch_on(
+        x, "moments", blocks * programs.THREADS, x, count, channels, chunk, parts, cuda._arrived(),
         gamma, beta, 2e-5, 0.9, average_mean, average_var, stats,
     )  # fmt: skip
     rows = x.reshape(count, channels).astype(float)
@@ -128,12 +128,12 @@ def test_augmentation_is_that_of_the_cpu_bit_for_bit(gpu, dataset, iteration):
     images = Images(dataset.train_x, dataset.train_y, mean, device)
     batches = Batches(images, 16, seed=3)
     x, t = batches.batch(iteration)
-    xp = kernels.cupy()
+    xp = programs.cupy()
     found_x, found_t = xp.empty((16, 32, 32, 3)), xp.empty(16, np.int32)
     numbers = 16, *images.x.shape, *batches.draws
     counter = np.full(1, iteration, np.int64)
     images = images.x, images.y, images.mean, batches.orders, counter
-    kernels.launch("augment", 16 * 1024, *images, found_x, found_t, *numbers)
+    programs.launch("augment", 16 * 1024, *images, found_x, found_t, *numbers)
     np.testing.assert_array_equal(found_x, x.transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(found_t, t)
 
@@ -351,7 +351,7 @@ def test_cuda_without_a_driver_is_no_gpu(monkeypatch):
     runtime = SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=count)
     monkeypatch.setattr(chainer.cuda, "available", True)
     cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
-    monkeypatch.setattr(kernels, "cupy", lambda: cupy)
+    monkeypatch.setattr(programs, "cupy", lambda: cupy)
     assert cuda.count_gpus() == 0
     assert flags.find_device(None).name == "@numpy"
     with pytest.raises(InputError, match="no GPU was found here"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from resnet import functions
-from resnet.backends.gpu import cuda, cudnn, kernels
+from resnet.backends.gpu import cuda, cudnn, programs
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def test_a_plan_says_how_arrays_lie_and_what_is_not_wanted(frontend):
     """Steps must come in the order that the frontend needs: see emulation.Graph."""
     convolution = cudnn.Convolution((2, 16, 9, 8), 32, 2, functions._backend.precision)
     assert convolution.out_shape == (2, 32, 5, 4)
-    xp, dtype = kernels.cupy(), functions._backend.dtype
+    xp, dtype = programs.cupy(), functions._backend.dtype
     x, w, y = (xp.empty(shape, dtype) for shape in ((2, 9, 8, 16), (32, 3, 3, 16), (2, 5, 4, 32)))
     for array in (x, w, y):
         array.fill(0)

@@ -1,28 +1,25 @@
-"""Which kernels there are, and for which GPUs."""
+"""The CPU's kernels: what they promise beyond what test_functions.py holds against PyTorch."""
 
-import re
-
+import numpy as np
 import pytest
 
-from resnet.backends.gpu import kernels
-
-SHARED_MEMORY = 227 << 10  # bytes that a block may have on an H100; 163 on an A100
+kernels = pytest.importorskip("resnet.backends.cpu.kernels", reason="Numba is missing")
 
 
-def test_every_kernel_of_the_sources_is_named():
-    source, _ = kernels.program(True)
-    known = {*kernels.KERNELS, *kernels.ON_TENSOR_CORES}
-    names = re.findall(r"__global__ void __launch_bounds__\(THREADS\)\s+(\w+)\(", source)
-    assert source.count("__global__") == len(names)
-    assert {name.partition("<")[0] for name in known} == set(names)
-    assert f"THREADS = {kernels.THREADS};" in source
+def test_kernels_arrays_begin_with_a_cache_line():
+    for shape in ((3,), (5, 7), (1 << 16,)):
+        array = kernels.empty(shape)
+        assert array.shape == shape and array.dtype == np.float32
+        assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous
 
 
-def test_a_gpu_without_tf32_is_not_given_what_it_cannot_compile():
-    source, known = kernels.program(False)
-    assert "mma.sync" not in source and not set(known) & set(kernels.ON_TENSOR_CORES)
-
-
-@pytest.mark.parametrize("name", kernels.ON_TENSOR_CORES)
-def test_no_kernel_wants_more_shared_memory_than_there_is(name):
-    assert kernels.ON_TENSOR_CORES[name] <= 163 << 10
+def test_relu_lets_what_is_no_number_through_as_numpy_does():
+    """A diverged network must not look like a working one."""
+    x = np.array([[[-1, 0, 2, np.nan]]], np.float32)
+    y, g, none = np.empty_like(x), np.empty_like(x), x[:0]
+    kernels.finish(x, np.array([[1] * 4, [0] * 4], np.float32), none, y)
+    np.testing.assert_array_equal(y, np.maximum(x, 0))
+    kernels.add_relu(x, x, y)
+    np.testing.assert_array_equal(y, np.maximum(2 * x, 0))
+    kernels.masked(np.ones_like(x), y, g)
+    np.testing.assert_array_equal(g, [[[0, 0, 1, 1]]])

@@ -12,7 +12,7 @@ from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 
 import pytest
 
-from resnet.backends.gpu import kernels
+from resnet.backends.gpu import programs
 
 # V100, A100, H100 and H200; and whether it is the program of convolutions.cu.
 PROGRAMS = [(70, False), (80, False), (90, False), (80, True), (90, True)]
@@ -57,7 +57,7 @@ def compiled(architecture, on_tensor_cores):
     if architecture not in supported():
         pytest.skip(f"this NVRTC compiles for {supported()}, not for {architecture}")
     program = c_void_p()
-    source, names = kernels.program(on_tensor_cores)
+    source, names = programs.program(on_tensor_cores)
     source = source.encode()
     assert nvrtc().nvrtcCreateProgram(byref(program), source, b"kernels.cu", 0, None, None) == 0
     for name in names:
@@ -98,7 +98,7 @@ def test_no_kernel_spills_registers(architecture, on_tensor_cores):
     assert all(max(map(int, found)) <= most for found in stacks), log
     registers = [int(found) for found in re.findall(r"Used (\d+) registers", log)]
     assert len(registers) >= len(lowered)
-    assert max(registers) * blocks * kernels.THREADS <= 65536, log
+    assert max(registers) * blocks * programs.THREADS <= 65536, log
 
 
 @pytest.mark.parametrize("architecture", [a for a, other in PROGRAMS if not other])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resnet import functions, network
-from resnet.backends.gpu import cudnn, kernels, tensor_cores
+from resnet.backends.gpu import cudnn, programs, tensor_cores
 from resnet.backends.reference import REFERENCE
 
 TOLERANCES = {"fp32": 2e-6, "tf32": 1e-3, "fp16": 1e-3}
@@ -20,7 +20,7 @@ def xp(request, monkeypatch):
     if request.param == "gpu":
         if not functions.count_gpus():
             pytest.skip("there is no GPU")
-        yield kernels.cupy()
+        yield programs.cupy()
         return
     if emulation.COMPILER is None:
         pytest.skip("g++ is missing: it compiles the CUDA kernels for the CPU")
@@ -43,7 +43,7 @@ def by_pytorch(x, w, stride, gy):
 
 @pytest.mark.parametrize("images", [1, 3, 128])
 @pytest.mark.parametrize("precision", cudnn.PRECISIONS)
-@pytest.mark.parametrize("kind", kernels.TILES, ids=lambda kind: "-".join(map(str, kind)))
+@pytest.mark.parametrize("kind", programs.TILES, ids=lambda kind: "-".join(map(str, kind)))
 def test_they_are_pytorchs(kind, precision, images, xp):
     """Of three images the last tile of two is half empty; of 128 a block has several tiles."""
     if images == 128 and isinstance(xp, emulation.Memory):
@@ -87,7 +87,7 @@ def test_no_bit_depends_on_the_order_of_threads_and_blocks(precision, monkeypatc
     module, _, memory = emulation.install(monkeypatch, precision)
     results = []
     for module.reversed in (False, True):
-        for kind in kernels.TILES:
+        for kind in programs.TILES:
             if kind.channels == (4 if precision == "fp16" else 8):
                 continue
             dtype = np.float16 if precision == "fp16" else np.float32

@@ -15,7 +15,7 @@ import chainer
 import numpy as np
 
 from resnet.backends.flat import FlatMomentumSGD
-from resnet.backends.gpu import cuda, kernels
+from resnet.backends.gpu import cuda, programs
 
 DEFAULT_STREAMS = (0, 1, 2)  # null, cudaStreamLegacy, cudaStreamPerThread
 EAGER = 3  # calls before the recording: they compile kernels, build plans and fill the pool
@@ -34,7 +34,7 @@ class Captured:
     """
 
     def __init__(self, function: Callable[[], None], signature: Callable[[], Hashable]) -> None:
-        cupy = kernels.cupy()
+        cupy = programs.cupy()
         self.function, self.signature = function, signature
         # The default stream cannot be recorded. From here on everything is on one that can: then
         # evaluation and snapshots need not be told to wait for a step.
@@ -61,7 +61,7 @@ class Captured:
         if self.graph is not None:
             self.graph.launch(self.stream)
             return
-        with kernels.cupy().cuda.using_allocator(self.pool.malloc):
+        with programs.cupy().cuda.using_allocator(self.pool.malloc):
             if self.calls == EAGER and self._record():
                 self.graph.launch(self.stream)
             else:
@@ -106,7 +106,7 @@ class Step:
     """
 
     def __init__(self, backend: cuda.Cuda, optimizer, batches, loss, correct) -> None:
-        xp = kernels.cupy()
+        xp = programs.cupy()
         self.backend, self.optimizer, self.batches = backend, optimizer, batches
         self.loss, self.correct = loss, correct
         _, channels, height, width = batches.images.x.shape
@@ -132,7 +132,7 @@ class Step:
         _, _, height, width = images.x.shape
         arrays = images.x, images.y, images.mean, batches.orders, self.counter, self.x, self.t
         numbers = batches.size, *images.x.shape, *batches.draws
-        kernels.launch("augment", batches.size * height * width, *arrays, *numbers)
+        programs.launch("augment", batches.size * height * width, *arrays, *numbers)
         y = network(cuda._images(self.x))
         loss = self.backend.softmax_cross_entropy(y, self.t)
         network.cleargrads()
@@ -140,7 +140,7 @@ class Step:
         self.optimizer.update()
         arrays = y.array, self.t, loss.array, *y.shape
         sums = self.loss, self.correct, self.counter
-        kernels.launch("finish_step", kernels.THREADS, *arrays, *sums)
+        programs.launch("finish_step", programs.THREADS, *arrays, *sums)
 
     def _signature(self) -> Hashable:
         """Where the persistent arrays are, and which parameters are trained."""
@@ -160,7 +160,7 @@ class Evaluation:
     """
 
     def __init__(self, backend: cuda.Cuda, network, images, batchsize: int) -> None:
-        xp = kernels.cupy()
+        xp = programs.cupy()
         self.backend = backend
         self.network, self.images, self.batchsize = network, images, batchsize
         _, channels, height, width = images.x.shape
@@ -184,13 +184,13 @@ class Evaluation:
         _, channels, height, width = images.x.shape
         arrays = images.x, images.y, images.mean, self.counter, self.x, self.t
         numbers = self.batchsize, channels, height * width
-        kernels.launch("centre", self.batchsize * height * width, *arrays, *numbers)
+        programs.launch("centre", self.batchsize * height * width, *arrays, *numbers)
         with chainer.using_config("train", False), chainer.no_backprop_mode():
             y = self.network(cuda._images(self.x))
             loss = self.backend.softmax_cross_entropy(y, self.t)
         arrays = y.array, self.t, loss.array, *y.shape
         sums = self.loss, self.correct, self.counter
-        kernels.launch("finish_step", kernels.THREADS, *arrays, *sums)
+        programs.launch("finish_step", programs.THREADS, *arrays, *sums)
 
 
 class Recorded(cuda.Cuda):

@@ -19,9 +19,9 @@ from chainer import functions as F
 
 from resnet.backends.flat import FlatMomentumSGD
 from resnet.backends.fused import Fused, Layer, Unfinished
-from resnet.backends.gpu import cudnn, kernels, tensor_cores
+from resnet.backends.gpu import cudnn, programs, tensor_cores
 from resnet.backends.gpu.cudnn import Missing
-from resnet.backends.gpu.kernels import THREADS, launch, launch_on
+from resnet.backends.gpu.programs import THREADS, launch, launch_on
 from resnet.backends.node import Node, accumulated, normalized
 from resnet.backends.reference import REFERENCE, widened
 
@@ -47,8 +47,8 @@ def count_gpus() -> int:
     if not chainer.cuda.available:
         return 0
     try:
-        return kernels.cupy().cuda.runtime.getDeviceCount()
-    except kernels.cupy().cuda.runtime.CUDARuntimeError:  # CuPy and CUDA are here, but no driver
+        return programs.cupy().cuda.runtime.getDeviceCount()
+    except programs.cupy().cuda.runtime.CUDARuntimeError:  # CuPy and CUDA are here, but no driver
         return 0
 
 
@@ -148,7 +148,7 @@ class Cuda(Fused):
 
     def softmax_cross_entropy(self, y, t):
         (t,) = _arrays(t)
-        if not _are_floats(y) or not isinstance(t, kernels.ARRAY) or t.dtype != np.int32:
+        if not _are_floats(y) or not isinstance(t, programs.ARRAY) or t.dtype != np.int32:
             return REFERENCE.softmax_cross_entropy(y, t)
         return _SoftmaxCrossEntropy(self, t).apply((y,))[0]
 
@@ -165,7 +165,7 @@ class Cuda(Fused):
         """Whether every kernel can take these images as they are, or once they are packed."""
         width = _width(self.dtype)
         return all(
-            isinstance(a, kernels.ARRAY)
+            isinstance(a, programs.ARRAY)
             and a.size
             and a.dtype in (np.float32, self.dtype)
             and (a.dtype == np.float32 or a.shape[1] % width == 0)
@@ -189,12 +189,12 @@ def _arrays(*variables) -> list:
 
 def _are_floats(*variables) -> bool:
     arrays = _arrays(*variables)
-    return all(isinstance(a, kernels.ARRAY) and a.dtype == np.float32 and a.size for a in arrays)
+    return all(isinstance(a, programs.ARRAY) and a.dtype == np.float32 and a.size for a in arrays)
 
 
 def _rows(x):
     """A logical (N, C, H, W) as (N, H, W, C) in the order of its memory; a copy if it must be."""
-    return kernels.cupy().ascontiguousarray(x.transpose(0, 2, 3, 1))
+    return programs.cupy().ascontiguousarray(x.transpose(0, 2, 3, 1))
 
 
 def _images(rows):
@@ -205,7 +205,7 @@ def _images(rows):
 def _packed(x, channels: int, dtype):
     """float32 (N, C, H, W) of any strides as (N, H, W, channels), zeros appended."""
     n, c, h, w = x.shape
-    y = kernels.cupy().empty((n, h, w, channels), dtype)
+    y = programs.cupy().empty((n, h, w, channels), dtype)
     strides = (stride // x.itemsize for stride in x.strides)
     launch_on(y, "pack", y.size, x, y, y.size, c, h, w, channels, *strides)
     return y
@@ -229,7 +229,7 @@ def _as_gradient_of(x, rows):
     """The gradient of x, given that of its ``_activation``."""
     if rows.dtype == x.dtype and rows.shape[3] == x.shape[1]:
         return _images(rows)
-    gx = kernels.cupy().empty(x.shape, x.dtype)
+    gx = programs.cupy().empty(x.shape, x.dtype)
     _unpacked(rows, gx, _unscale(rows.dtype))
     return gx
 
@@ -246,7 +246,7 @@ def _blocks(rows, channels: int) -> tuple[int, int]:
 @functools.cache
 def _arrived():
     """The counter with which the last block of a sum finds out that it is the last."""
-    return kernels.cupy().zeros(1, np.uint32)
+    return programs.cupy().zeros(1, np.uint32)
 
 
 def _geometry(y, shortcut) -> tuple[int, ...]:
@@ -267,7 +267,7 @@ def _shortcut_gradient(g, shape: tuple[int, ...]):
     """Gradient of a shortcut (N, H, W, C) from that of A(shortcut)."""
     if g.shape == shape:
         return g
-    gx = kernels.cupy().empty(shape, g.dtype)
+    gx = programs.cupy().empty(shape, g.dtype)
     rows = gx.size // shape[3]
     threads = gx.size // _width(g.dtype)
     arguments = (rows, g.shape[3], *_geometry(g, gx))
@@ -296,14 +296,14 @@ class _Convolution:
     def forward(self, x, w, y) -> None:
         """Fill y (N, H, W, K) with the convolution of x (N, H, W, C) and filters (K, C, 3, 3)."""
         if self.own is not None:
-            self.own.forward(x, kernels.cupy().ascontiguousarray(w), y)
+            self.own.forward(x, programs.cupy().ascontiguousarray(w), y)
             return
         self.cudnn.forward(x, self._filters(w, x), y)
 
     def backward_data(self, gy, w, gx) -> None:
         """Fill gx with the gradient of the input."""
         if self.own is not None and self.own.has_backward_data:
-            self.own.backward_data(gy, kernels.cupy().ascontiguousarray(w), gx)
+            self.own.backward_data(gy, programs.cupy().ascontiguousarray(w), gx)
             return
         self.cudnn.backward_data(gy, self._filters(w, gx), gx)
 
@@ -313,7 +313,7 @@ class _Convolution:
             self.own.backward_weights(x, gy, gw, _unscale(x.dtype))
             return
         k, _, *size = gw.shape
-        filters = kernels.cupy().empty((k, *size, x.shape[3]), x.dtype)
+        filters = programs.cupy().empty((k, *size, x.shape[3]), x.dtype)
         self.cudnn.backward_weights(x, gy, filters)
         _unpacked(filters, gw, _unscale(x.dtype))
 
@@ -341,7 +341,7 @@ class _Node(Node):
         place = getattr(parameter, "place_of_gradient", None)
         if place is not None and earlier is None:  # else what is there is still needed
             return place
-        return kernels.cupy().empty(self.inputs[index].shape, np.float32)
+        return programs.cupy().empty(self.inputs[index].shape, np.float32)
 
     def sum(self, gx, earlier):
         """gx, which is not in use elsewhere, plus the gradient that was there before or None."""
@@ -370,7 +370,7 @@ class _Layer(_Node):
     def forward(self, inputs):
         self.retain_inputs(tuple(range(len(inputs))))
         x, w, gamma, beta, *shortcut = inputs
-        bn, xp, dtype = self.bn, kernels.cupy(), self.backend.dtype
+        bn, xp, dtype = self.bn, programs.cupy(), self.backend.dtype
         self.x = _activation(x, dtype)
         n, height, width, channels_in = self.x.shape
         shape, channels = (n, channels_in, height, width), len(w)
@@ -400,7 +400,7 @@ class _Layer(_Node):
     def gradients(self, indexes, gy, before):
         x, w, gamma, _, *shortcut = (v.array for v in self.get_retained_inputs())
         earlier = dict(zip(indexes, before, strict=True))
-        xp, h, stats, gy = kernels.cupy(), self.h, self.stats, _rows(gy)
+        xp, h, stats, gy = programs.cupy(), self.h, self.stats, _rows(gy)
         channels = h.shape[3]
         (blocks, chunk), count = _blocks(h, channels), h.size // channels
         g = xp.empty_like(gy) if shortcut else None
@@ -449,7 +449,7 @@ class _AddReLU(_Node):
     def forward(self, inputs):
         self.retain_inputs((0, 1))
         x, shortcut = map(_rows, inputs)
-        self.y = kernels.cupy().empty_like(x)
+        self.y = programs.cupy().empty_like(x)
         _normalize(x, None, shortcut, self.y)
         return (_images(self.y),)
 
@@ -458,7 +458,7 @@ class _AddReLU(_Node):
         n, c, h, w = self.get_retained_inputs()[1].shape
 
         def masked():
-            g = kernels.cupy().empty_like(gy)
+            g = programs.cupy().empty_like(gy)
             launch_on(g, "masked", g.size // _width(g.dtype), gy, self.y, g, g.size)
             return g
 
@@ -482,16 +482,16 @@ class _AveragePooling(_Node):
         self.retain_inputs((0,))
         x = _rows(inputs[0])
         n, h, w, c = x.shape
-        y = kernels.cupy().empty((n, c), np.float32)
+        y = programs.cupy().empty((n, c), np.float32)
         launch_on(x, "average", y.size, x, y, y.size, c, h * w)
         return (y,)
 
     def gradients(self, indexes, gy, before):
         (x,) = self.get_retained_inputs()
         n, c, h, w = x.shape
-        gx = kernels.cupy().empty((n, h, w, c), x.dtype)
+        gx = programs.cupy().empty((n, h, w, c), x.dtype)
         factor = 1 / _unscale(x.dtype) / (h * w)
-        gy = kernels.cupy().ascontiguousarray(gy)
+        gy = programs.cupy().ascontiguousarray(gy)
         launch_on(gx, "average_gradient", gx.size, gy, gx, gx.size, c, h * w, factor)
         return accumulated(indexes, [_images(gx)], before)
 
@@ -504,19 +504,19 @@ class _Linear(_Node):
 
     def forward(self, inputs):
         self.retain_inputs((0, 1, 2))
-        x, w, b = map(kernels.cupy().ascontiguousarray, inputs)
+        x, w, b = map(programs.cupy().ascontiguousarray, inputs)
         (rows, channels), classes = x.shape, len(w)
-        y = kernels.cupy().empty((rows, classes), np.float32)
+        y = programs.cupy().empty((rows, classes), np.float32)
         launch("linear", y.size, x, w, b, y, rows, classes, channels)
         return (y,)
 
     def gradients(self, indexes, gy, before):
-        x, w, _ = (kernels.cupy().ascontiguousarray(v.array) for v in self.get_retained_inputs())
-        gy = kernels.cupy().ascontiguousarray(gy)
+        x, w, _ = (programs.cupy().ascontiguousarray(v.array) for v in self.get_retained_inputs())
+        gy = programs.cupy().ascontiguousarray(gy)
         earlier = dict(zip(indexes, before, strict=True))
         shape = len(x), len(w), x.shape[1]
         results = {i: self.place(i, earlier.get(i)) for i in (1, 2)}
-        results[0] = kernels.cupy().empty_like(x)
+        results[0] = programs.cupy().empty_like(x)
         sums = results[1].size + results[2].size
         launch("linear_gradients", sums * THREADS, x, gy, results[1], results[2], *shape)
         if 0 in earlier:
@@ -536,14 +536,14 @@ class _SoftmaxCrossEntropy(_Node):
 
     def forward(self, inputs):
         self.retain_inputs((0,))
-        y, t = map(kernels.cupy().ascontiguousarray, (inputs[0], self.t))
-        loss = kernels.cupy().empty((), np.float32)
-        self.g = kernels.cupy().empty_like(y)
+        y, t = map(programs.cupy().ascontiguousarray, (inputs[0], self.t))
+        loss = programs.cupy().empty((), np.float32)
+        self.g = programs.cupy().empty_like(y)
         launch("cross_entropy", THREADS, y, t, *y.shape, loss, self.g)
         return (loss,)
 
     def gradients(self, indexes, gy, before):
-        g = kernels.cupy().empty_like(self.g)
+        g = programs.cupy().empty_like(self.g)
         launch("multiply", g.size, self.g, gy, g, g.size)
         return accumulated(indexes, [g], before)
 
@@ -561,11 +561,11 @@ class _FlatMomentumSGD(FlatMomentumSGD):
 
     def __init__(self, momentum: float, weight_decay: float, dtype) -> None:
         super().__init__(momentum, weight_decay)
-        self.rate = kernels.cupy().zeros(1, np.float32)
+        self.rate = programs.cupy().zeros(1, np.float32)
         self._sent = 0.0
         halves = dtype == np.float16
-        self.skipped = kernels.cupy().zeros((), np.int64) if halves else None
-        self._overflow = kernels.cupy().zeros(1, np.int32) if halves else None
+        self.skipped = programs.cupy().zeros((), np.int64) if halves else None
+        self._overflow = programs.cupy().zeros(1, np.int32) if halves else None
 
     def send_rate(self) -> None:
         """Bring ``lr`` to the GPU; a captured step reads it there."""

@@ -1,13 +1,13 @@
 """The convolutions of the report's networks on tensor cores, by kernels of our own.
 
 cuDNN's are made for more channels than 16 to 64, above all those for the gradient of the filters.
-What is not of a shape in ``kernels.TILES``, cuDNN does.
+What is not of a shape in ``programs.TILES``, cuDNN does.
 """
 
 from __future__ import annotations
 
-from resnet.backends.gpu import cudnn, kernels
-from resnet.backends.gpu.kernels import CAPABILITY, KINDS, THREADS, TILES, Shape, launch
+from resnet.backends.gpu import cudnn, programs
+from resnet.backends.gpu.programs import CAPABILITY, KINDS, THREADS, TILES, Shape, launch
 
 BLOCKS = 264  # of a gradient of filters, whose sums are added up at the end: two on each of 132
 
@@ -72,7 +72,7 @@ class Convolution:
         tile, kernel = self._gradient
         _, filters, *_ = self.shape
         count = min(self._tiles(tile, len(x)), BLOCKS)
-        parts = kernels.cupy().empty((count, 9, filters, self.shape.padded), gw.dtype)
+        parts = programs.cupy().empty((count, 9, filters, self.shape.padded), gw.dtype)
         threads = count * (filters // tile.filters) * THREADS
         launch(kernel, threads, x, gy, parts, len(x))
         threads = -(-parts[0].size // 32) * THREADS
