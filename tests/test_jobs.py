@@ -368,6 +368,7 @@ def test_a_job_starts_the_processes_that_it_is_asked_for(cluster):
     assert (folder / "runs/plain-20-seed0/blocks.h5").exists(), said
 
 
+@pytest.mark.slow  # the walltime is two minutes
 def test_a_job_stops_before_its_walltime_and_its_continuations_finish(cluster):
     # More than fits in 25 s, on any machine; a busy one needs most of them to begin.
     folder = cluster("--subset 384 --epoch 5 -b 64", MARGIN=95)

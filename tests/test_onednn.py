@@ -129,6 +129,7 @@ def test_training_follows_double_precision_as_closely_as_chainers_own_functions(
     assert ours.mean() < 5 * stock.mean() < 0.01
 
 
+@pytest.mark.slow
 def test_200_steps_reach_the_loss_of_chainers_own_functions(name):
     ours = train(network.resnet(1), 200, batchsize=16)
     stock = chainers_losses(1, 200, batchsize=16)

@@ -12,7 +12,9 @@ pytest.importorskip("ipykernel")
 NOTEBOOK = ROOT / "experiments/tour.ipynb"
 
 
-@pytest.mark.parametrize("folder", [ROOT, ROOT / "experiments"])
+@pytest.mark.parametrize(
+    "folder", [ROOT, pytest.param(ROOT / "experiments", marks=pytest.mark.slow)]
+)
 def test_the_tour_runs_without_a_gpu_a_download_or_cifar10(tmp_path, monkeypatch, folder):
     monkeypatch.setenv("CHAINER_DATASET_ROOT", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
