@@ -2,11 +2,12 @@
 
   python experiments/evidence.py --data PATH --out runs       or: make evidence DATA=PATH OUT=runs
   python experiments/evidence.py --out runs --list            what is complete, and what is not
-  python experiments/evidence.py --full --backend cuda        in full, five seeds, on a GPU
+  python experiments/evidence.py --full --at-once 8           in full, five seeds, on a GPU
 
-Stop it at will: SIGTERM, as Ctrl-C, lets the training in progress write its snapshot, and the same
-command goes on. What is complete is skipped, and what another process is training, too: the same
-command, started twice, trains two networks at a time. Each takes OMP_NUM_THREADS threads.
+Stop it at will: SIGTERM, as Ctrl-C, lets the trainings in progress write their snapshots, and the
+same command goes on. What is complete is skipped, and what another process is training, too. Each
+training takes OMP_NUM_THREADS threads; on a GPU several at once are faster, most so if NVIDIA's
+MPS runs.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from pathlib import Path
 # Python looks for modules beside the script first, and there 'resnet' is another script.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from resnet import command, files, record, run_folder
+from resnet import command, files, flags, record, run_folder
 from resnet.command import STOPPED, InputError
 from resnet.network import depth
 from resnet.stopping import StopRequest
@@ -35,6 +37,7 @@ SCRIPTS = {
     "top_down": ["partial_training.py", "--order", "top-down"],
     "bottom_up": ["partial_training.py", "--order", "bottom-up"],
 }
+PAUSE = 0.1  # seconds between two looks at what is being trained
 PASSED_ON = ("data", "backend", "device", "precision")  # flags for the experiments
 
 
@@ -122,32 +125,62 @@ def trainings(full: bool = False) -> list[Training]:
 
 
 class Trainer:
-    """Runs one training at a time, and hands the signals that it gets on to it.
+    """Runs trainings, some at a time, and hands the signals that it gets on to them.
+
+    Args:
+        at_once: How many. What a single one prints is seen; of several it is in their logs.
 
     Attributes:
         stopped: Whether there was a signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int) -> None:
+        self.at_once = at_once
         self.stopped = False
-        self._child = None
+        self._children: list[tuple[Training, subprocess.Popen]] = []
         for number in StopRequest.SIGNALS:
             signal.signal(number, self._hand_on)
 
-    def run(self, words: list[str]) -> int:
-        """Exit status of ``python *words``."""
+    @property
+    def is_full(self) -> bool:
+        return len(self._children) >= self.at_once
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._children
+
+    def start(self, training: Training, words: list[str]) -> None:
+        """Run ``python *words``."""
         # In a session of its own, a Ctrl-C comes to it once, from here.
-        self._child = subprocess.Popen([sys.executable, *words], start_new_session=True)
+        child = subprocess.Popen(
+            [sys.executable, *words],
+            start_new_session=True,
+            stdout=subprocess.DEVNULL if self.at_once > 1 else None,
+        )
+        self._children.append((training, child))
         if self.stopped:  # in between
-            self._child.terminate()
-        status = self._child.wait()
-        self._child = None
-        return status
+            child.terminate()
+
+    def wait(self) -> tuple[Training, int]:
+        """Wait until one has ended; returns it and its exit status."""
+        while True:
+            for training, child in self._children:
+                if child.poll() is not None:
+                    self._children.remove((training, child))
+                    return training, child.returncode
+            time.sleep(PAUSE)
+
+    def stop(self) -> None:
+        """Let what runs write snapshots and end."""
+        for _, child in self._children:
+            child.terminate()
+        while self._children:
+            self.wait()
 
     def _hand_on(self, number: int, _frame: object) -> None:
         self.stopped = True
-        if self._child is not None:
-            self._child.send_signal(number)
+        for _, child in list(self._children):
+            child.send_signal(number)
 
 
 def is_complete(folder: Path) -> bool:
@@ -164,29 +197,50 @@ def is_taken(folder: Path) -> bool:
         return isinstance(error, InputError)
 
 
-def train_all(wanted: list[Training], out: Path, passed_on: list[str]) -> None:
-    """Train what is not complete, one after the other; ends the process where one is stopped."""
+def train_all(wanted: list[Training], out: Path, passed_on: list[str], at_once: int = 1) -> None:
+    """Train what is not complete, in order; ends the process where one is stopped.
+
+    Args:
+        wanted: The trainings.
+        out: Folder of their run folders.
+        passed_on: Flags for each of them.
+        at_once: How many at a time.
+    """
     scripts = Path(os.path.relpath(Path(__file__).parent))
-    trainer = Trainer()
+    trainer = Trainer(at_once)
     taken = 0
-    for number, each in enumerate(wanted, 1):
-        folder = out / each.name
-        if is_complete(folder):
+    waiting = [each for each in wanted if not is_complete(out / each.name)]
+    while waiting or not trainer.is_idle:
+        if waiting and not trainer.is_full and not trainer.stopped:
+            each = waiting.pop(0)
+            words = [str(scripts / each.words[0]), *each.words[1:], "--out", str(out), *passed_on]
+            place = f"{wanted.index(each) + 1} of {len(wanted)}"
+            print(f"== {place}: python {shlex.join(words)}", flush=True)
+            trainer.start(each, words)
             continue
-        words = [str(scripts / each.words[0]), *each.words[1:], "--out", str(out), *passed_on]
-        print(f"== {number} of {len(wanted)}: python {shlex.join(words)}", flush=True)
-        status = STOPPED if trainer.stopped else trainer.run(words)
+        if trainer.is_idle:
+            break
+        each, status = trainer.wait()
         if trainer.stopped or status == STOPPED:
-            done = sum(is_complete(out / every.name) for every in wanted)
-            print(f"stopped with {done} of {len(wanted)} complete; the same command goes on")
-            sys.exit(STOPPED)
-        if status < 0:
-            killer = signal.Signals(-status).name
-            raise InputError(f"{folder}: training was killed by {killer}; the same command goes on")
+            trainer.stop()
+            trainer.stopped = True
+            break
+        folder = out / each.name
         if status and is_taken(folder):
             taken += 1
         elif status:
+            trainer.stop()
+            if status < 0:
+                killer = signal.Signals(-status).name
+                reason = f"training was killed by {killer}; the same command goes on"
+                raise InputError(f"{folder}: {reason}")
             sys.exit(status)  # it has said why
+        elif at_once > 1:
+            print(f"complete: {folder}", flush=True)
+    if trainer.stopped:
+        done = sum(is_complete(out / every.name) for every in wanted)
+        print(f"stopped with {done} of {len(wanted)} complete; the same command goes on")
+        sys.exit(STOPPED)
     if taken:
         print(f"{taken} of {len(wanted)} are being trained by other processes, the rest complete")
         sys.exit(STOPPED)
@@ -208,6 +262,8 @@ def main() -> None:
     p.add_argument(
         "--full", action="store_true", help="shorten nothing, train each with five seeds"
     )
+    p.add_argument("--at-once", type=flags.whole_number(1, 64), default=1, metavar="K",
+                   help="train so many networks at a time (default: 1)")  # fmt: skip
     for name in PASSED_ON:
         p.add_argument(f"--{name}", metavar=name.upper(), help="as of every experiment")
     args = p.parse_args()
@@ -223,7 +279,7 @@ def main() -> None:
             f"{record.ROOT}: modified since commit {state['commit'][:12]}; "
             "legal: a commit as it is, so that what is measured can be measured again"
         )
-    train_all(wanted, args.out, list(flags_of(args)))
+    train_all(wanted, args.out, list(flags_of(args)), args.at_once)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, python
@@ -66,6 +67,26 @@ def test_a_signal_stops_it_and_the_training_in_progress_with_a_snapshot(tmp_path
     assert f"stopped by {number.name} after iteration" in rest
     assert "stopped with 0 of 2 complete; the same command goes on" in rest
     assert list((tmp_path / "resnet-8-seed0").glob("snapshot_iter_*.npz"))
+
+
+def test_several_are_trained_at_once_and_all_are_stopped(tmp_path):
+    other = "Training('plain', 1, 1)"
+    command = words(tmp_path, SHORT, LONG, other)
+    process = subprocess.Popen(
+        [sys.executable, *command, "--at-once", "2"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        first = [process.stdout.readline() for _ in range(4)]
+        folders = [tmp_path / "resnet-8-seed0", tmp_path / "plain-8-seed0"]
+        while not all((folder / "log").exists() for folder in folders):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+    assert [line.startswith("== ") for line in first] == [True, True, False, True]
+    assert first[2] == f"complete: {tmp_path / 'plain-8-shorten32000-seed0'}\n"
+    assert process.returncode == 75 and "stopped with 1 of 3 complete" in rest
+    assert all(list(folder.glob("snapshot_iter_*.npz")) for folder in folders)
 
 
 def test_what_another_process_trains_is_left_to_it(tmp_path):
