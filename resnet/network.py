@@ -160,8 +160,8 @@ ARCHITECTURES = {
     ),
     # The other reading of III.A.
     "resresnet_twice": Architecture(
-        "ResResNet whose blocks rectify twice",
-        "ResResNet, rectified twice",
+        "twice-rectified ResResNet",
+        "Twice-rectified ResResNet",
         f"{TWO_LAYERS}; ReLU(F + A(x)); a block's output y is ReLU(y + A(x)), x its input",
         ResidualModule,
         TwiceRectifiedBlock,
