@@ -64,12 +64,12 @@ else
 GPU_TESTS = tests/test_random.py tests/test_augmentation.py tests/test_functions.py \
     tests/test_modules.py tests/test_fused.py tests/test_network.py tests/test_own_block.py \
     tests/test_tensor_cores.py tests/test_gpu.py tests/test_agreement.py
-LAYERS = tests/test_functions.py -k cuda
+LAYERS = tests/test_functions.py tests/test_tensor_cores.py -k "cuda or gpu and not 128"
 endif
 gpu: $(INSTALLED)-gpu$(CUDA)
 	$(BIN)/python -c 'import cupy; cupy.show_config()'
-	$(BIN)/python experiments/plans.py
 	$(BIN)/python -m pytest -m gpu -rs $(GPU_TESTS)
+	$(BIN)/python experiments/plans.py
 	if [ -z "$$(command -v compute-sanitizer)" ]; then \
 	    echo "compute-sanitizer is missing: it comes with a CUDA toolkit"; \
 	else \

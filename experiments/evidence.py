@@ -1,13 +1,12 @@
-"""Train all that the report's claims are judged by, in the order in which it tells most.
+"""Train all that the report's claims are judged by, and a little more, what tells most first.
 
   python experiments/evidence.py --data PATH --out runs       or: make evidence DATA=PATH OUT=runs
   python experiments/evidence.py --out runs --list            what is complete, and what is not
-  python experiments/evidence.py --full --at-once 8           in full, five seeds, on a GPU
+  python experiments/evidence.py --full --at-once 4 --backend cuda    five seeds, on a GPU
 
 Stop it at will: SIGTERM, as Ctrl-C, lets the trainings in progress write their snapshots, and the
 same command goes on. What is complete is skipped, and what another process is training, too. Each
-training takes OMP_NUM_THREADS threads; on a GPU several at once are faster, most so if NVIDIA's
-MPS runs.
+training takes OMP_NUM_THREADS threads.
 """
 
 import argparse
@@ -139,7 +138,8 @@ class Trainer:
         self.stopped = False
         self._children: list[tuple[Training, subprocess.Popen]] = []
         for number in StopRequest.SIGNALS:
-            signal.signal(number, self._hand_on)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._hand_on)
 
     @property
     def is_full(self) -> bool:
@@ -206,37 +206,11 @@ def train_all(wanted: list[Training], out: Path, passed_on: list[str], at_once: 
         passed_on: Flags for each of them.
         at_once: How many at a time.
     """
-    scripts = Path(os.path.relpath(Path(__file__).parent))
     trainer = Trainer(at_once)
-    taken = 0
-    waiting = [each for each in wanted if not is_complete(out / each.name)]
-    while waiting or not trainer.is_idle:
-        if waiting and not trainer.is_full and not trainer.stopped:
-            each = waiting.pop(0)
-            words = [str(scripts / each.words[0]), *each.words[1:], "--out", str(out), *passed_on]
-            place = f"{wanted.index(each) + 1} of {len(wanted)}"
-            print(f"== {place}: python {shlex.join(words)}", flush=True)
-            trainer.start(each, words)
-            continue
-        if trainer.is_idle:
-            break
-        each, status = trainer.wait()
-        if trainer.stopped or status == STOPPED:
-            trainer.stop()
-            trainer.stopped = True
-            break
-        folder = out / each.name
-        if status and is_taken(folder):
-            taken += 1
-        elif status:
-            trainer.stop()
-            if status < 0:
-                killer = signal.Signals(-status).name
-                reason = f"training was killed by {killer}; the same command goes on"
-                raise InputError(f"{folder}: {reason}")
-            sys.exit(status)  # it has said why
-        elif at_once > 1:
-            print(f"complete: {folder}", flush=True)
+    try:
+        taken = _train(wanted, out, passed_on, trainer)
+    finally:
+        trainer.stop()
     if trainer.stopped:
         done = sum(is_complete(out / every.name) for every in wanted)
         print(f"stopped with {done} of {len(wanted)} complete; the same command goes on")
@@ -245,6 +219,41 @@ def train_all(wanted: list[Training], out: Path, passed_on: list[str], at_once: 
         print(f"{taken} of {len(wanted)} are being trained by other processes, the rest complete")
         sys.exit(STOPPED)
     print(f"all {len(wanted)} complete in {out}")
+
+
+def _train(wanted: list[Training], out: Path, passed_on: list[str], trainer: Trainer) -> int:
+    """Train until all are complete or one is stopped; returns how many other processes train."""
+    scripts = Path(os.path.relpath(Path(__file__).parent))
+    taken, waiting = 0, list(wanted)
+    while waiting or not trainer.is_idle:
+        if waiting and not trainer.is_full and not trainer.stopped:
+            each = waiting.pop(0)
+            if is_complete(out / each.name):
+                continue
+            words = [str(scripts / each.words[0]), *each.words[1:], "--out", str(out), *passed_on]
+            place = f"{wanted.index(each) + 1} of {len(wanted)}"
+            print(f"== {place}: python {shlex.join(words)}", flush=True)
+            trainer.start(each, words)
+            continue
+        if trainer.is_idle:
+            break
+        each, status = trainer.wait()
+        folder = out / each.name
+        if trainer.stopped or status == STOPPED:
+            trainer.stopped = True
+            break
+        if status < 0:
+            killer = signal.Signals(-status).name
+            raise InputError(f"{folder}: training was killed by {killer}; the same command goes on")
+        if status and is_taken(folder):
+            taken += 1
+        elif status:
+            if trainer.at_once > 1:
+                print(f"{folder}: ended with status {status}", file=sys.stderr)
+            sys.exit(status)  # it has said why
+        elif trainer.at_once > 1:
+            print(f"complete: {folder}", flush=True)
+    return taken
 
 
 def flags_of(args: argparse.Namespace) -> Iterator[str]:
@@ -263,7 +272,8 @@ def main() -> None:
         "--full", action="store_true", help="shorten nothing, train each with five seeds"
     )
     p.add_argument("--at-once", type=flags.whole_number(1, 64), default=1, metavar="K",
-                   help="train so many networks at a time (default: 1)")  # fmt: skip
+                   help="train so many networks at a time; what they print is not shown, but "
+                   "errors are (default: 1)")  # fmt: skip
     for name in PASSED_ON:
         p.add_argument(f"--{name}", metavar=name.upper(), help="as of every experiment")
     args = p.parse_args()

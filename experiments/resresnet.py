@@ -4,9 +4,9 @@ Each block's input is added to its output and the sum rectified: three more shor
 depth, and no more parameters. The report does not say whether the output is rectified before the
 sum, too. As in a residual module it is not, unless asked for.
 
-  python experiments/resresnet.py --n 9                 ResResNet-56, 64k iterations
-  python experiments/resresnet.py --n 3 --rectify twice the other reading
-  python experiments/resresnet.py                       20, 32, 44, 56 and 110 layers, one by one
+  python experiments/resresnet.py --n 9                   ResResNet-56, 64k iterations
+  python experiments/resresnet.py --n 3 --rectify twice   the other reading
+  python experiments/resresnet.py                         20, 32, 44, 56 and 110 layers, one by one
 
 The same command again goes on where an interrupted run stopped.
 """

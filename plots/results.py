@@ -131,7 +131,7 @@ def _beyond(groups: list[Group]) -> Table:
     ]
     columns = [labels.get(name) or NAMES.get(name, name) for name in names]
     head = ["Layers", *(f"{column}: ours, {_images(groups)}" for column in columns)]
-    return Table("Not in the report", _note(groups, " after the last epoch"), head, rows)
+    return Table("Not in the report's tables", _note(groups, " after the last epoch"), head, rows)
 
 
 def _partial(groups: list[Group]) -> Table:

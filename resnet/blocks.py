@@ -46,7 +46,7 @@ class ResidualBlock(Block):
 
     As in a residual module, the sum is rectified, and nothing is rectified before the sum: the
     block's input joins what the last module adds up. The report's words allow
-    ``TwiceRectifiedBlock``, too.
+    ``TwiceRectifiedBlock``, too. Modules are ``ResidualModule``, and the input comes out of a ReLU.
     """
 
     def forward(self, x):
@@ -55,7 +55,7 @@ class ResidualBlock(Block):
         h = x
         for module in modules:
             h = module(h)
-        # Both shortcuts come out of a ReLU, which does not change their sum, and has a fast path.
+        # Neither is below 0: this ReLU changes nothing; of relu(x + A(y)) a backend has a kernel.
         shortcuts = relu(last.shortcut(h) + option_a(x, self.channels, self.stride))
         return relu(last.residual(h) + shortcuts)
 

@@ -95,7 +95,7 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
     add("--backend", choices=functions.BACKENDS, default="auto",
         help="what computes: chainer, Chainer's own functions; onednn, ten times faster on a CPU; "
         "winograd, twice as fast again; cuda, on a GPU, with cuDNN's convolutions; tensorcores, "
-        "with our own, never run on one yet (default: auto, the fastest but tensorcores)")
+        "with our own, never run on one yet (default: auto, which is winograd or cuda)")
     add("--precision", choices=functions.PRECISIONS,
         help="on a GPU: fp32; tf32, products of convolutions with 10 bits of mantissa; "
         "fp16, activations in 16 bits (default: tf32)")

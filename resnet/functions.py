@@ -30,8 +30,8 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
     """Choose what computes from here on.
 
     Args:
-        name: One of ``BACKENDS``; ``auto`` takes the fastest that is installed; of a GPU's, the
-            fastest that has been seen to run on one: ``cuda``.
+        name: One of ``BACKENDS``; ``auto`` takes the fastest that is installed on a CPU, and
+            ``cuda`` on a GPU, which has been seen to run on one.
         gpu: Whether the arrays will be on a GPU.
         precision: One of ``PRECISIONS``, on a GPU only; None is ``tf32``.
 
@@ -56,7 +56,7 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
         if possible:
             _backend = capture.Recorded(precision or "tf32", own=name == "tensorcores")
             return _backend.describe()
-        missing = f"; faster on a GPU with cuDNN: {reason}"
+        missing = f"; not --backend cuda: {reason}"
     if precision is not None:
         legal = f"with --backend {' and '.join(ON_GPU)}, on a GPU"
         raise ValueError(f"has no --precision {precision}; legal: {legal}")

@@ -86,6 +86,8 @@ def saved_blocks(folder: Path) -> weights.Description | None:
     path = folder / "blocks.h5"
     try:
         return weights.describe(path) if path.exists() else None
+    except weights.OtherFormula:
+        raise
     except InputError as error:
         print(f"warning: {error}; it will be written again", file=sys.stderr)
         return None

@@ -59,6 +59,10 @@ class Description:
     version: str = __version__
 
 
+class OtherFormula(InputError):
+    """Weights of an architecture from when it computed something else."""
+
+
 def save(path: Path | str, network: Network, description: Description, mean: np.ndarray) -> None:
     """Write the weights and batch-normalization statistics of the groups that are present.
 
@@ -111,10 +115,11 @@ def describe(path: Path | str) -> Description:
     """Read what the weights in ``path`` are.
 
     Raises:
-        InputError: The file is missing, damaged or none of ours.
+        InputError: The file is missing, damaged or none of ours, or its network computed something
+            else (``OtherFormula``).
     """
     with _open(path) as file:
-        return _describe(file)
+        return _describe(file, path)
 
 
 def read_mean(path: Path | str) -> np.ndarray:
@@ -141,7 +146,7 @@ def load(
         InputError: The file is missing or damaged, or holds another architecture or depth.
     """
     with _open(path) as file:
-        found = _describe(file)
+        found = _describe(file, path)
         if (found.architecture, found.n) != (architecture, network.n):
             raise InputError(
                 f"{path}: holds {found.architecture} with n = {found.n}; "
@@ -256,7 +261,7 @@ ATTRIBUTES = {
 }  # of Description: how it is read, with a ValueError that says what is legal
 
 
-def _describe(file: h5py.File) -> Description:
+def _describe(file: h5py.File, path: Path | str) -> Description:
     found = {}
     for name, read in ATTRIBUTES.items():
         if name not in file.attrs:
@@ -270,6 +275,11 @@ def _describe(file: h5py.File) -> Description:
     for name in set(found["groups"]) & set(BLOCKS):
         if len(_own(file, name)) != found["n"]:
             raise ValueError(f"n = {found['n']}, but cannot read {name} with so many modules")
+    formula = ARCHITECTURES[found["architecture"]].formula
+    if (written := str(file.attrs.get("module", formula))) != formula:
+        raise OtherFormula(
+            f"{path}: holds a {found['architecture']} of '{written}', legal: of '{formula}'"
+        )
     return Description(**found)
 
 

@@ -46,15 +46,14 @@ static Half to_half(float x);
 struct float4 {
     float x, y, z, w;
 };
-static float* shared_memory() {
-    alignas(16) static float memory[227 << 8];  // all that a block may have on an H100
-    return memory;
-}
+alignas(16) static float memory[(227 << 8) + 1024];  // all that a block may have on an H100; a guard
+static float* shared_memory() { return memory; }
 static float to_tf32(float x);
 static void add_products(const float* a, const float* b, float* sums);
 #include SOURCE
 #include CONVOLUTIONS
 static float to_tf32(float x) {
+    if (x != x) return x;
     unsigned bits;
     memcpy(&bits, &x, sizeof bits);
     bits = (bits + 0x1000) & ~0x1fffu;
@@ -62,7 +61,7 @@ static float to_tf32(float x) {
     return x;
 }
 // As the comment in convolutions.cu says where each thread has its values; the block's warps all
-// multiply at once.
+// multiply at once. What does not fit into the sum is cut off, as tensor cores do.
 static void add_products(const float* a, const float* b, float* sums) {
     static float left[THREADS][4], right[THREADS][2];
     const int me = threadIdx.x, first = me / WARP * WARP, g = me % WARP / 4, t = me % 4;
@@ -71,10 +70,13 @@ static void add_products(const float* a, const float* b, float* sums) {
     __syncthreads();
     for (int i = 0; i < 4; ++i) {
         const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        double sum = sums[i];
         for (int k = 0; k < 8; ++k) {
-            const float x = left[first + row % 8 * 4 + k % 4][row / 8 + k / 4 * 2];
-            sums[i] += x * right[first + column * 4 + k % 4][k / 4];
+            const double x = left[first + row % 8 * 4 + k % 4][row / 8 + k / 4 * 2];
+            sum += x * right[first + column * 4 + k % 4][k / 4];
         }
+        sums[i] = sum;
+        if (fabs(sums[i]) > fabs(sum)) sums[i] = nextafterf(sums[i], 0);
     }
     __syncthreads();
 }
@@ -173,8 +175,8 @@ static bool run_block(int count, bool reversed) {
 }
 
 // Returns nullptr, or what is wrong.
-extern "C" const char* launch(const char* name, int grid, int block, int count, const int* sizes,
-                              void** arguments, bool reversed) {
+extern "C" const char* launch(const char* name, int grid, int block, int shared, int count,
+                              const int* sizes, void** arguments, bool reversed) {
     const auto found = std::find_if(kernels.begin(), kernels.end(),
                                     [&](const Kernel& kernel) { return kernel.name == name; });
     if (found == kernels.end()) return "no such kernel";
@@ -183,8 +185,12 @@ extern "C" const char* launch(const char* name, int grid, int block, int count, 
     body = [&] { found->call(arguments); };
     gridDim.x = grid;
     for (int b = 0; b < grid; ++b) {
+        if (shared) std::fill(memory, std::end(memory), NAN);  // until something is written
         blockIdx.x = reversed ? grid - 1 - b : b;
         if (!run_block(block, reversed)) return "threads ended while others waited at a barrier";
+        for (float* each = memory + shared / 4; shared && each < std::end(memory); ++each) {
+            if (!isnan(*each)) return "it has written beyond its shared memory";
+        }
     }
     return nullptr;
 }

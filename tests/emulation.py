@@ -22,6 +22,7 @@ from resnet.backends.gpu import capture, cuda, cudnn, programs
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")
 CAPABILITY = 90  # of the GPU that is stood in for
+SHARED_MEMORY = 227 << 10  # bytes that a block may have there
 
 
 @functools.cache
@@ -67,6 +68,12 @@ class Stream:
             work()
         else:
             self.recording.append(work)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
     def use(self):
         self.log.append("use")
@@ -123,8 +130,9 @@ class Module:
             def work():
                 assert arguments  # the arrays live as long as the work may be done
                 wrong = library().launch(
-                    name.encode(), *grid, *block, len(boxes), sizes, pointers, self.reversed
-                )
+                    name.encode(), *grid, *block, shared_mem,
+                    len(boxes), sizes, pointers, self.reversed,
+                )  # fmt: skip
                 assert wrong is None, f"{name}: {wrong.decode()}"
 
             self.stream.do(work)
@@ -381,6 +389,7 @@ def install(monkeypatch, precision="tf32", own=False):
     module, frontend, memory = Module(stream), Frontend(stream), Memory(stream)
     monkeypatch.setattr(programs, "ARRAY", np.ndarray)
     monkeypatch.setattr(programs, "cupy", lambda: memory)
+    monkeypatch.setattr(programs, "shared_memory", lambda: SHARED_MEMORY)
     monkeypatch.setattr(programs, "_module", lambda _: module)
     monkeypatch.setattr(programs, "_function", functools.cache(programs._function.__wrapped__))
     monkeypatch.setattr(cuda, "_arrived", functools.cache(cuda._arrived.__wrapped__))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, python
@@ -87,6 +88,43 @@ def test_several_are_trained_at_once_and_all_are_stopped(tmp_path):
     assert first[2] == f"complete: {tmp_path / 'plain-8-shorten32000-seed0'}\n"
     assert process.returncode == 75 and "stopped with 1 of 3 complete" in rest
     assert all(list(folder.glob("snapshot_iter_*.npz")) for folder in folders)
+
+
+def test_the_end_of_one_of_several_is_told_and_ends_all(tmp_path):
+    done = python(*words(tmp_path, LONG, SHORT), "--at-once", "2", "--backend", "mkl")
+    assert done.returncode == 2
+    assert "--backend: invalid choice: 'mkl'" in done.stderr
+    assert f"{tmp_path}/" in done.stderr and "ended with status 2" in done.stderr
+
+
+def test_one_of_several_that_is_killed_ends_all_with_snapshots(tmp_path):
+    other = "Training('plain', 1, 1)"
+    process = subprocess.Popen(
+        [sys.executable, *words(tmp_path, LONG, other), "--at-once", "2"], cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    killed, stopped = tmp_path / "resnet-8-seed0", tmp_path / "plain-8-seed0"
+    with process:
+        while not all((folder / "log").exists() for folder in (killed, stopped)):
+            assert process.poll() is None
+            time.sleep(0.1)
+        (child,) = (
+            int(entry.name)
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and f"resnet.py\0--n\0{1}\0" in read(entry / "cmdline")
+            and str(tmp_path) in read(entry / "cmdline")
+        )  # fmt: skip
+        os.kill(child, signal.SIGKILL)
+        said = process.stderr.read()
+    assert process.returncode == 1 and f"{killed}: training was killed by SIGKILL" in said
+    assert list(stopped.glob("snapshot_iter_*.npz"))
+
+
+def read(path):
+    try:
+        return path.read_text()
+    except OSError:  # it has ended
+        return ""
 
 
 def test_what_another_process_trains_is_left_to_it(tmp_path):

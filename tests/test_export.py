@@ -124,7 +124,9 @@ def check_all_images(path, images, tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_test_image_keeps_its_class(architecture, n, all_images, tmp_path, monkeypatch):
     """After 100 iterations: the averages are those of images, and the answers differ."""
-    done = python(f"experiments/{architecture}.py", "--n", n, "--subset", 5000, "--batchsize", 50,
+    name, _, rectify = architecture.partition("_")
+    words = ["--rectify", rectify] if rectify else []
+    done = python(f"experiments/{name}.py", *words, "--n", n, "--subset", 5000, "--batchsize", 50,
                   "--epoch", 1, "--warmup", "on", "--out", tmp_path,
                   "--data", os.environ.get("CIFAR10_COPY") or "synthetic")  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,7 @@
 """The CUDA backend on a GPU. Run with ``make gpu``; test_functions.py and test_network.py, too."""
 
+import itertools
+
 import chainer
 import numpy as np
 import pytest
@@ -19,15 +21,16 @@ def images():
     return cifar10.load("synthetic")
 
 
-@pytest.fixture(params=cudnn.PRECISIONS)
+@pytest.fixture(params=itertools.product(functions.ON_GPU, cudnn.PRECISIONS), ids="-".join)
 def precision(request, monkeypatch):
-    """The CUDA backend computes, in each precision in turn."""
+    """A backend of the GPU computes, in each precision in turn."""
+    name, precision = request.param
     monkeypatch.setattr(functions, "_backend", functions._backend)
     if not functions.count_gpus():
         pytest.skip("there is no GPU")
     chainer.get_device("@cupy:0").use()
-    functions.use("cuda", gpu=True, precision=request.param)
-    return request.param
+    functions.use(name, gpu=True, precision=precision)
+    return precision
 
 
 def make_updater(images, device="@cupy:0", recorded=True, n=1):

@@ -148,7 +148,9 @@ def test_the_plan_that_is_taken_is_timed_beside_the_fastest(monkeypatch):
     _, frontend, memory = emulation.install(monkeypatch, "tf32")
     frontend.workspaces = [16 << 20, 1 << 20, 0]
     times = iter([9.0, 1.0, 1.0, 1.0, 1.0, 8.0] + [9.0] * 6 + [1.0] * 6 + [0.5] * 6)  # ms
-    memory.cuda.Event = lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    memory.cuda.Event = lambda: SimpleNamespace(
+        record=lambda stream: None, synchronize=lambda: None
+    )
     memory.cuda.get_elapsed_time = lambda begin, end: next(times)
     monkeypatch.setattr(chainer.cuda, "cupy", memory)
     convolution = cudnn.Convolution((1, 16, 4, 4), 16, 1, "tf32")

@@ -107,16 +107,38 @@ def test_no_bit_depends_on_the_order_of_threads_and_blocks(precision, monkeypatc
 
 def test_other_convolutions_are_left_to_cudnn(monkeypatch):
     monkeypatch.setattr(cudnn, "compute_capability", lambda: 80)
+    monkeypatch.setattr(programs, "shared_memory", lambda: 163 << 10)  # of an A100
     assert tensor_cores.find((2, 16, 32, 32), 16, 1, "tf32")
     for shape, filters, stride in (
         ((2, 16, 32, 16), 16, 1),
         ((2, 16, 64, 64), 16, 1),
         ((2, 24, 32, 32), 24, 1),
         ((2, 16, 31, 31), 32, 2),
+        ((2, 8, 32, 32), 16, 1),  # images of float16 alone have 8 channels
     ):
         assert tensor_cores.find(shape, filters, stride, "tf32") is None
+    assert tensor_cores.find((2, 64, 8, 8), 64, 1, "tf32")
+    monkeypatch.setattr(programs, "shared_memory", lambda: 99 << 10)  # of a GeForce
+    assert tensor_cores.find((2, 64, 8, 8), 64, 1, "tf32") is None
+    assert tensor_cores.find((2, 16, 32, 32), 16, 1, "tf32")
     monkeypatch.setattr(cudnn, "compute_capability", lambda: 75)
     assert tensor_cores.find((2, 16, 32, 32), 16, 1, "tf32") is None
+
+
+def test_a_layer_whose_channels_are_padded_reads_no_filter_that_is_not_there(monkeypatch):
+    """15 channels in memory as 16: the gradient of the 16th is 0."""
+    if emulation.COMPILER is None:
+        pytest.skip("g++ is missing: it compiles the CUDA kernels for the CPU")
+    *_, memory = emulation.install(monkeypatch)
+    convolution = tensor_cores.find((1, 16, 32, 32), 16, 1, "fp32")
+    gy, gx = normal(1, 32, 32, 16), memory.empty((1, 32, 32, 16))
+    filters = memory.empty((16, 15, 3, 3))
+    filters[...] = normal(16, 15, 3, 3, seed=1)
+    convolution.backward_data(gy, filters, gx)
+    x = np.zeros((1, 15, 32, 32), np.float32)
+    _, expected, _ = by_pytorch(x, filters, 1, gy.transpose(0, 3, 1, 2))
+    np.testing.assert_allclose(gx[..., :15].transpose(0, 3, 1, 2), expected, atol=1e-4)
+    assert not gx[..., 15].any()
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("tf32", 0.02)])

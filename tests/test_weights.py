@@ -12,7 +12,7 @@ import pytest
 from chainer import links as L
 from conftest import ROOT, flips
 
-from resnet import files, network, weights
+from resnet import files, network, run_folder, weights
 from resnet.command import InputError
 from resnet.export import state
 from resnet.modules import Normalization
@@ -397,3 +397,14 @@ def test_saving_replaces_the_older_file(saved):
     weights.save(path, net, describe("plain", 2), MEAN)
     assert_same(weights.restore(path)[0], net)
     assert [file.name for file in path.parent.iterdir()] == ["blocks.h5"]
+
+
+def test_weights_of_an_architecture_that_computed_something_else_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "blocks.h5"
+    with monkeypatch.context() as patch:
+        before = dataclasses.replace(ARCHITECTURES["resresnet"], formula="something else")
+        patch.setitem(ARCHITECTURES, "resresnet", before)
+        weights.save(path, trained("resresnet", 1), describe("resresnet", 1), MEAN)
+    for read in (weights.restore, lambda path: run_folder.saved_blocks(path.parent)):
+        with pytest.raises(InputError, match="holds a resresnet of 'something else', legal: of"):
+            read(path)

@@ -8,9 +8,9 @@
 // has; with EXACT it is the sum of two such numbers, and of their products all but the smallest is
 // taken: float32, nearly.
 //
-// Rows of shared memory are padded, so that the 32 threads of a warp read from 32 banks. The file
-// comes after kernels.cu in one program; it needs compute capability 8.0. Kernels are launched
-// with their SHARED bytes of shared memory.
+// Rows of shared memory are padded, so that the 32 threads of a warp read from 32 banks at stride 1,
+// and from 16 at stride 2. The file comes after kernels.cu in one program; it needs compute
+// capability 8.0.
 
 constexpr int WARP = 32, WARPS = THREADS / WARP;
 constexpr int PLACES = 9;  // of a filter
@@ -53,13 +53,20 @@ template <int N, bool EXACT> struct Factor {
     }
 };
 
+// With EXACT the products are summed apart first: tensor cores cut off what does not fit into the sum
+// that they add to, of a long sum more than is in the small products.
 template <bool EXACT>
 __device__ inline void add_products(const Factor<4, EXACT>& a, const Factor<2, EXACT>& b, float* sums) {
     if (EXACT) {
-        add_products(a.low, b.high, sums);
-        add_products(a.high, b.low, sums);
+        float part[4] = {};
+        add_products(a.low, b.high, part);
+        add_products(a.high, b.low, part);
+        add_products(a.high, b.high, part);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[i] += part[i];
+    } else {
+        add_products(a.high, b.high, sums);
     }
-    add_products(a.high, b.high, sums);
 }
 
 // Copy 16 bytes of values to shared memory, ready to be factors.
@@ -126,7 +133,10 @@ __global__ void __launch_bounds__(THREADS)
     constexpr int C = In::PADDED, PITCH = KB + 8, PARTS = K / KB;
     constexpr int MS = IMAGES * ROWS * WIDTH / WARPS / 16, NS = KB / 8;
     static_assert(MS * WARPS * 16 == IMAGES * ROWS * WIDTH && NS * 8 * PARTS == K, "tiles");
-    float *tile = shared_memory(), *filters = tile + In::SIZE;  // (9, C, PITCH)
+    static_assert(WIDTH % ROWS == 0 && (IMAGES == 1 || ROWS == WIDTH), "pixels in a row");
+    // Filters are (9, C, PITCH), each of the nine a bank further on, to be written at once.
+    constexpr int NEXT = C * PITCH + 1;
+    float *tile = shared_memory(), *filters = tile + In::SIZE;
     const int part = blockIdx.x % PARTS * KB, number = blockIdx.x / PARTS;
     const int row = number % (WIDTH / ROWS) * ROWS, image = number / (WIDTH / ROWS) * IMAGES;
     In::template fill<EXACT>(tile, x, images, image, row);
@@ -137,11 +147,11 @@ __global__ void __launch_bounds__(THREADS)
         const int k = BACK ? i / PLACES % KB : i / PLACES / C;
         float v = 0;
         if (BACK) {
-            v = W[(c * K + part + k) * PLACES + PLACES - 1 - place];
+            if (part + k < channels) v = W[(c * channels + part + k) * PLACES + PLACES - 1 - place];
         } else if (c < channels) {
             v = W[((part + k) * channels + c) * PLACES + place];
         }
-        filters[(place * C + c) * PITCH + k] = EXACT ? v : to_tf32(v);
+        filters[place * NEXT + c * PITCH + k] = EXACT ? v : to_tf32(v);
     }
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     int from[MS][2];
@@ -161,7 +171,7 @@ __global__ void __launch_bounds__(THREADS)
                 Factor<2, EXACT> b[NS];
 #pragma unroll
                 for (int n = 0; n < NS; ++n) {
-                    const float* w = filters + ((r * 3 + s) * C + c + t) * PITCH + n * 8 + g;
+                    const float* w = filters + (r * 3 + s) * NEXT + (c + t) * PITCH + n * 8 + g;
                     b[n].high[0] = w[0];
                     b[n].high[1] = w[4 * PITCH];
                     b[n].split();
@@ -201,7 +211,7 @@ template <typename T, int CHANNELS, int K, int KB, int WIDTH, int ROWS, int IMAG
           bool EXACT>
 __global__ void __launch_bounds__(THREADS)
     filter_gradient(const T* x, const T* gy, float* parts, int images) {
-    using In = Input<CHANNELS, WIDTH, ROWS, IMAGES, STRIDE, (CHANNELS < 8 ? 0 : 8)>;
+    using In = Input<CHANNELS, WIDTH, ROWS, IMAGES, STRIDE, (CHANNELS <= 8 ? 0 : 8)>;
     constexpr int C = In::PADDED, PITCH = KB + 8, PARTS = K / KB, PIXELS = IMAGES * ROWS * WIDTH;
     constexpr int CS = C < 16 ? 1 : 2, SETS = KB / 16 * (C / 8 / CS), SHARES = WARPS / SETS;
     static_assert(SETS * SHARES == WARPS && PIXELS % (8 * SHARES) == 0, "warps");

@@ -63,13 +63,13 @@ class Shape(NamedTuple):
     def convolve(self, tile: Tile, back: bool, type: str, exact: bool) -> tuple[str, int]:
         """Name and bytes of shared memory of the kernel."""
         numbers = type, *self[:2], tile.filters, self.width, *tile[1:], self.stride
-        size = self.pixels(tile) * (self.padded + 4) + 9 * self.padded * (tile.filters + 8)
+        size = self.pixels(tile) * (self.padded + 4) + 9 * (self.padded * (tile.filters + 8) + 1)
         return _name("convolve", *numbers, back, exact), 4 * size
 
     def gradient(self, tile: Tile, type: str, exact: bool) -> tuple[str, int]:
         """Name and bytes of shared memory of the kernel for the gradient of the filters."""
         numbers = type, *self[:2], tile.filters, self.width, *tile[1:], self.stride
-        size = self.pixels(tile) * (self.padded + 8 * (self.channels >= 8))
+        size = self.pixels(tile) * (self.padded + 8 * (self.channels > 8))
         size += tile.images * tile.rows * self.width * (tile.filters + 8)
         return _name("filter_gradient", *numbers, exact), 4 * size
 
@@ -107,6 +107,12 @@ ON_TENSOR_CORES = {"add_parts": 0} | dict(
 def cupy():
     """The module CuPy."""
     return chainer.cuda.cupy
+
+
+@functools.cache
+def shared_memory() -> int:
+    """Bytes of shared memory that a block may have on CuPy's current GPU."""
+    return cupy().cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
 
 
 def program(on_tensor_cores: bool) -> tuple[str, tuple[str, ...]]:

@@ -7,7 +7,15 @@ What is not of a shape in ``programs.TILES``, cuDNN does.
 from __future__ import annotations
 
 from resnet.backends.gpu import cudnn, programs
-from resnet.backends.gpu.programs import CAPABILITY, KINDS, THREADS, TILES, Shape, launch
+from resnet.backends.gpu.programs import (
+    CAPABILITY,
+    KINDS,
+    ON_TENSOR_CORES,
+    THREADS,
+    TILES,
+    Shape,
+    launch,
+)
 
 BLOCKS = 264  # of a gradient of filters, whose sums are added up at the end: two on each of 132
 
@@ -26,7 +34,11 @@ def find(shape: tuple[int, int, int, int], filters: int, stride: int, precision:
     fits = height == width == kind.width * stride and kind in TILES
     if not fits or cudnn.compute_capability() < CAPABILITY:
         return None
-    return Convolution(kind, precision)
+    convolution = Convolution(kind, precision)
+    sizes = [ON_TENSOR_CORES.get(name) for name in convolution.kernels]
+    if None in sizes or max(sizes) > programs.shared_memory():
+        return None
+    return convolution
 
 
 class Convolution:
@@ -49,6 +61,12 @@ class Convolution:
         self._back = None
         if shape == shape.back():
             self._back = tile, shape.convolve(tile, True, *kind)[0]
+
+    @property
+    def kernels(self) -> list[str]:
+        """Names of its kernels."""
+        steps = self._forward, self._gradient, self._back
+        return [step[1] for step in steps if step is not None]
 
     @property
     def has_backward_data(self) -> bool:
