@@ -46,7 +46,7 @@ class ResidualBlock(Block):
 
     As in a residual module, the sum is rectified, and nothing is rectified before the sum: the
     block's input joins what the last module adds up. The report's words allow
-    ``TwiceRectifiedBlock``, too. Modules are ``ResidualModule``, and the input comes out of a ReLU.
+    ``TwiceRectifiedBlock``, too. Modules are ``ResidualModule``.
     """
 
     def forward(self, x):
@@ -55,9 +55,7 @@ class ResidualBlock(Block):
         h = x
         for module in modules:
             h = module(h)
-        # Neither is below 0: this ReLU changes nothing; of relu(x + A(y)) a backend has a kernel.
-        shortcuts = relu(last.shortcut(h) + option_a(x, self.channels, self.stride))
-        return relu(last.residual(h) + shortcuts)
+        return relu(last.residual(h) + last.shortcut(h) + option_a(x, self.channels, self.stride))
 
 
 class TwiceRectifiedBlock(Block):

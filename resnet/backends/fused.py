@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chainer
@@ -48,12 +49,12 @@ class Sum(NamedTuple):
 
 
 class Layer:
-    """``relu(BN(convolution(x, W)) + A(shortcut))``; A is option A, the shortcut may be None."""
+    """``relu(BN(convolution(x, W)) + A(shortcut) + ...)``; A is option A, shortcuts may be none."""
 
-    def __init__(self, normalization: Normalization, shortcut=None) -> None:
+    def __init__(self, normalization: Normalization, shortcuts: Sequence = ()) -> None:
         convolution, self.bn = normalization
         self.x, self.W, self.stride = convolution.operation
-        self.shortcut = shortcut
+        self.shortcuts = tuple(shortcuts)
         self.counts = True  # for the running averages: once, however often it is computed
 
     def counted(self) -> None:
@@ -115,12 +116,19 @@ def is_waiting(x, *kinds: type) -> bool:
     return isinstance(x, Unfinished) and isinstance(x.operation, kinds)
 
 
-def chain(layer: Layer) -> tuple[list[Layer], dict[int, int]]:
+def terms(x) -> list:
+    """What is added up in a sum that is not computed yet; of anything else, itself."""
+    if not is_waiting(x, Sum):
+        return [x]
+    return [term for part in x.operation for term in terms(part)]
+
+
+def chain(layer: Layer) -> tuple[list[Layer], dict[int, list[int]]]:
     """Find the layers in a row up to this one that nobody has looked at.
 
     Returns:
-        The layers, and where the shortcut that ends at input i starts, {i: j}; input i is what
-        layer i reads, the last one the output. Without layers if it is elsewhere.
+        The layers, and where the shortcuts that end at input i start, {i: [j, ...]}; input i is
+        what layer i reads, the last one the output. Without layers if one is elsewhere.
     """
     row = [layer]
     while is_waiting(x := row[0].x, Layer) and x.settings == settings():
@@ -128,10 +136,15 @@ def chain(layer: Layer) -> tuple[list[Layer], dict[int, int]]:
     for begin in range(len(row)):
         some = row[begin:]
         inputs = [id(each.x) for each in some]
-        ends = {i: id(each.shortcut) for i, each in enumerate(some, 1) if each.shortcut is not None}
-        if all(start in inputs[:i] for i, start in ends.items()):
-            return some, {i: inputs.index(start) for i, start in ends.items()}
+        ends = {i: [*map(id, each.shortcuts)] for i, each in enumerate(some, 1) if each.shortcuts}
+        if all(start in inputs[:i] for i, starts in ends.items() for start in starts):
+            return some, {i: [*map(inputs.index, starts)] for i, starts in ends.items()}
     return [], {}
+
+
+def _without_a(x):
+    """x, or what it is option A of."""
+    return x.operation.x if is_waiting(x, Shortcut) else x
 
 
 class Fused(Reference):
@@ -179,13 +192,15 @@ class Fused(Reference):
             return Unfinished(self, x.shape, Layer(x.operation))
         if not is_waiting(x, Sum):
             return super().relu(x)
-        y, other = x.operation
-        if is_waiting(other, Normalization) or is_waiting(y, Shortcut):
-            y, other = other, y
-        shortcut = other.operation.x if is_waiting(other, Shortcut) else other
-        if is_waiting(y, Normalization):
-            return Unfinished(self, x.shape, Layer(y.operation, shortcut))
-        self.finished(shortcut)  # first, as y may come out of it
+        added = terms(x)
+        for i, y in enumerate(added):
+            if is_waiting(y, Normalization):
+                shortcuts = map(_without_a, added[:i] + added[i + 1 :])
+                return Unfinished(self, x.shape, Layer(y.operation, shortcuts))
+        if len(added) > 2:
+            return super().relu(x)
+        y, other = reversed(added) if is_waiting(added[0], Shortcut) else added
+        shortcut = self.finished(_without_a(other))  # first, as y may come out of it
         return self.add_relu(self.finished(y), shortcut)
 
     def gated(self, h, x, z):
@@ -202,8 +217,8 @@ class Fused(Reference):
         with chainer.using_config("in_recomputing", not layer.counts):
             y = super().normalization(h, layer.bn)
         layer.counted()
-        if layer.shortcut is not None:
-            y += widened(self.float32(layer.shortcut), y)
+        for shortcut in layer.shortcuts:
+            y += widened(self.float32(shortcut), y)
         return F.relu(y)
 
     def float32(self, x):

@@ -236,7 +236,9 @@ class _Layers(Node):
     what layer i reads; the last one is the output.
     """
 
-    def __init__(self, backend: OneDNN, layers: Sequence[Layer], starts: dict[int, int]) -> None:
+    def __init__(
+        self, backend: OneDNN, layers: Sequence[Layer], starts: dict[int, list[int]]
+    ) -> None:
         super().__init__()
         self.backend, self.starts = backend, starts
         self.strides = [layer.stride for layer in layers]
@@ -250,8 +252,8 @@ class _Layers(Node):
             W, gamma, beta = parameters[3 * i + 1 : 3 * i + 4]
             y = REFERENCE.convolution(inputs[i], W, stride=stride)
             y = normalized(y, gamma, beta, bn, self.trains)
-            if i + 1 in self.starts:
-                y += widened(inputs[self.starts[i + 1]], y)
+            for start in self.starts.get(i + 1, ()):
+                y += widened(inputs[start], y)
             inputs.append(F.relu(y))
         return inputs[-1]
 
@@ -261,33 +263,38 @@ class _Layers(Node):
         self.shapes = [x.shape]  # of input i
         self.kept = {0: _rows(_channels_last(x))}  # the rows of input i, if they are kept
         self.done: list[_Done] = []
-        starts = self.starts
+        starts, begins = self.starts, set().union(*self.starts.values())
         h, normalization = self.kept[0], _NOTHING
         for i, stride in enumerate(self.strides):
             w, gamma, beta = parameters[3 * i : 3 * i + 3]
             convolution = self.backend.prepare(self.shapes[i], len(w), stride)
             y = _empty_rows(convolution.out_shape)
-            if i > 0 and (i in starts or i in starts.values()):
+            if i > 0 and (i in starts or i in begins):
                 self.kept[i] = np.empty_like(h)
-            shortcut, out = self._shortcut(starts.get(i), i), self.kept.get(i, _NO_ROWS)
+            shortcut, out = self._shortcut(i), self.kept.get(i, _NO_ROWS)
             parts = convolution.convolve(h, normalization, shortcut, out, w, y)
             h, normalization = y, self._normalization(i, parts, convolution, gamma, beta)
             self.shapes.append(convolution.out_shape)
             if chainer.config.enable_backprop:
                 self.done.append(_Done(convolution, h, normalization))
             else:
-                later = {start for end, start in starts.items() if end > i}
+                later = set().union(*(some for end, some in starts.items() if end > i))
                 self.kept = {k: rows for k, rows in self.kept.items() if k in later}
         last = len(self.bns)
         self.kept[last] = np.empty_like(h)
-        kernels.finish(h, normalization, self._shortcut(starts.get(last), last), self.kept[last])
+        kernels.finish(h, normalization, self._shortcut(last), self.kept[last])
         return (_images(self.kept[last], self.shapes[last]),)
 
-    def _shortcut(self, start: int | None, end: int) -> np.ndarray:
-        """A(input ``start``), of the shape of input ``end``."""
-        if start is None:
-            return _NO_ROWS
-        return _widen(self.kept[start], self.shapes[start], self.shapes[end])
+    def _shortcut(self, end: int) -> np.ndarray:
+        """The sum of the shortcuts that end at input ``end``, of its shape."""
+        starts = self.starts.get(end, ())
+        rows = [_widen(self.kept[i], self.shapes[i], self.shapes[end]) for i in starts]
+        if len(rows) < 2:
+            return rows[0] if rows else _NO_ROWS
+        total = rows[0].copy()
+        for more in rows[1:]:
+            kernels.add(more, total)
+        return total
 
     def _normalization(self, i: int, parts, convolution, gamma, beta) -> np.ndarray:
         """scale, shift, mean and 1 / deviation, each repeated for the pixels that a row joins."""
@@ -314,9 +321,10 @@ class _Layers(Node):
         results = {}
         added = {}  # by shortcuts, to the gradient of input i
         for i in reversed(range(last)):
-            if i + 1 in self.starts:
-                start = self.starts[i + 1]
+            for start in self.starts.get(i + 1, ()):
                 more = _shortcut_gradient(g, self.shapes[i + 1], self.shapes[start])
+                if more is g and any(other is g for other in added.values()):
+                    more = g.copy()  # g itself will be added to once
                 if start in added:
                     kernels.add(more, added[start])
                 else:

@@ -115,8 +115,8 @@ class Cuda(Fused):
 
     def layer(self, layer: Layer):
         bn, images = layer.bn, [layer.x]
-        if layer.shortcut is not None:
-            images.append(layer.shortcut)
+        if layer.shortcuts:
+            images.append(self._added(layer.shortcuts))
         if (
             not self._are_activations(*images)
             or not _are_floats(bn.gamma, bn.beta, bn.avg_mean, bn.avg_var)
@@ -127,13 +127,29 @@ class Cuda(Fused):
         return _Layer(self, layer).apply((x, layer.W, bn.gamma, bn.beta, *shortcut))[0]
 
     def add_relu(self, x, shortcut):
+        y = self._add(x, shortcut, rectify=True)
+        return REFERENCE.relu(self._sum(x, shortcut)) if y is None else y
+
+    def _added(self, shortcuts):
+        """The sum of shortcuts, the widest of them widening the others."""
+        total, *others = sorted(shortcuts, key=lambda x: -x.shape[1])
+        for other in others:
+            y = self._add(total, other, rectify=False)
+            total = self._sum(total, other) if y is None else y
+        return total
+
+    def _sum(self, x, shortcut):
+        x, shortcut = map(self.float32, (x, shortcut))
+        return x + widened(shortcut, x)
+
+    def _add(self, x, shortcut, rectify: bool):
+        """x + A(shortcut), rectified or not; None where no kernel fits."""
         arrays = _arrays(x, shortcut)
         width = _width(self.dtype)
         fits = all(a.dtype == self.dtype and a.shape[1] % width == 0 for a in arrays)
         if not fits or not self._are_activations(*arrays):
-            x, shortcut = map(self.float32, (x, shortcut))
-            return REFERENCE.relu(x + widened(shortcut, x))
-        return _AddReLU(self).apply((x, shortcut))[0]
+            return None
+        return _Add(self, rectify).apply((x, shortcut))[0]
 
     def average_pooling(self, x):
         (array,) = _arrays(x)
@@ -256,11 +272,11 @@ def _geometry(y, shortcut) -> tuple[int, ...]:
     return height, width, -(-size[0] // height), *size, channels
 
 
-def _normalize(x, stats, shortcut, y) -> None:
+def _normalize(x, stats, shortcut, y, rectify: bool = True) -> None:
     channels = x.shape[3]
     rows, width = x.size // channels, _width(x.dtype)
-    shape = _geometry(y, shortcut)
-    launch_on(x, "normalize", x.size // width, x, stats, shortcut, y, rows, channels, *shape)
+    shape, numbers = _geometry(y, shortcut), (int(rectify), rows, channels)
+    launch_on(x, "normalize", x.size // width, x, stats, shortcut, y, *numbers, *shape)
 
 
 def _shortcut_gradient(g, shape: tuple[int, ...]):
@@ -440,32 +456,42 @@ class _Cast(_Node):
         return accumulated(indexes, {0: (gy * np.float32(SCALE)).astype(np.float16)}, before)
 
 
-class _AddReLU(_Node):
-    """relu(x + A(shortcut))."""
+class _Add(_Node):
+    """x + A(shortcut), rectified if wanted."""
+
+    def __init__(self, backend: Cuda, rectify: bool) -> None:
+        super().__init__(backend)
+        self.rectify = rectify
 
     def reference(self, x, shortcut):
-        return F.relu(x + widened(shortcut, x))
+        y = x + widened(shortcut, x)
+        return F.relu(y) if self.rectify else y
 
     def forward(self, inputs):
         self.retain_inputs((0, 1))
         x, shortcut = map(_rows, inputs)
-        self.y = programs.cupy().empty_like(x)
-        _normalize(x, None, shortcut, self.y)
-        return (_images(self.y),)
+        y = programs.cupy().empty_like(x)
+        _normalize(x, None, shortcut, y, self.rectify)
+        self.y = y if self.rectify else None
+        return (_images(y),)
 
     def gradients(self, indexes, gy, before):
         gy = _rows(gy)
         n, c, h, w = self.get_retained_inputs()[1].shape
 
-        def masked():
+        def own():
+            """The gradient of the sum, in an array that nobody else has."""
             g = programs.cupy().empty_like(gy)
-            launch_on(g, "masked", g.size // _width(g.dtype), gy, self.y, g, g.size)
+            if self.rectify:
+                launch_on(g, "masked", g.size // _width(g.dtype), gy, self.y, g, g.size)
+            else:
+                _normalize(gy, None, None, g, rectify=False)
             return g
 
-        g = masked()
+        g = own()
         of_shortcut = _shortcut_gradient(g, (n, h, w, c))
         if of_shortcut is g and any(earlier is not None for earlier in before):
-            of_shortcut = masked()  # one of the two will be added to
+            of_shortcut = own()  # one of the two will be added to
         results = _images(g), _images(of_shortcut)
         return tuple(
             self.sum(results[i], earlier) for i, earlier in zip(indexes, before, strict=True)

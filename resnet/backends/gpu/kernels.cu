@@ -202,12 +202,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // y = relu(x * scale + shift + A(shortcut)), x and y (N, height, width, channels). Without stats,
-// scale is 1 and shift 0; without a shortcut, A is 0. The shortcut is (N, height_in, width_in,
+// scale is 1 and shift 0; without a shortcut, A is 0; without rectify, there is no ReLU. The shortcut is (N, height_in, width_in,
 // channels_in): A takes every step-th pixel and appends channels of zeros (option A).
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    normalize(const T* x, const float* stats, const T* shortcut, T* y, int rows, int channels,
-              int height, int width, int step, int height_in, int width_in, int channels_in) {
+    normalize(const T* x, const float* stats, const T* shortcut, T* y, int rectify, int rows,
+              int channels, int height, int width, int step, int height_in, int width_in, int channels_in) {
     constexpr int N = Vector<T>::N;
     const int groups = channels / N;
     const int row = thread() / groups, c = thread() % groups * N;
@@ -228,8 +228,10 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int j = 0; j < N; ++j) v[j] += added[j];
     }
+    if (rectify) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) v[j] = relu(v[j]);
+        for (int j = 0; j < N; ++j) v[j] = relu(v[j]);
+    }
     store(y + at, v);
 }
 
