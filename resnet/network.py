@@ -122,7 +122,8 @@ class Architecture:
     Attributes:
         title: What it is called in a sentence, such as "plain network".
         label: What it is called in tables and plots, such as "Plain".
-        formula: What a module computes, for blocks.h5.
+        formula: What a module computes, for blocks.h5; a file with another is refused, so change it
+            with what is computed, and not else.
         module: Class of the modules: (channels_in, channels, stride, rng).
         block: Class of the blocks: (n, channels_in, channels, stride, rng, module).
         stem: Class of conv1: (channels, rng).
