@@ -138,7 +138,7 @@ class Trainer:
         self.stopped = False
         self._children: list[tuple[Training, subprocess.Popen]] = []
         for number in StopRequest.SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, self._hand_on)
 
     @property
