@@ -137,9 +137,8 @@ class Trainer:
         self.at_once = at_once
         self.stopped = False
         self._children: list[tuple[Training, subprocess.Popen]] = []
-        for number in StopRequest.SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, self._hand_on)
+        for number in StopRequest.noted():
+            signal.signal(number, self._hand_on)
 
     @property
     def is_full(self) -> bool:
@@ -224,15 +223,14 @@ def train_all(wanted: list[Training], out: Path, passed_on: list[str], at_once: 
 def _train(wanted: list[Training], out: Path, passed_on: list[str], trainer: Trainer) -> int:
     """Train until all are complete or one is stopped; returns how many other processes train."""
     scripts = Path(os.path.relpath(Path(__file__).parent))
-    taken, waiting = 0, list(wanted)
+    taken, waiting = 0, list(enumerate(wanted, 1))
     while waiting or not trainer.is_idle:
         if waiting and not trainer.is_full and not trainer.stopped:
-            each = waiting.pop(0)
+            number, each = waiting.pop(0)
             if is_complete(out / each.name):
                 continue
             words = [str(scripts / each.words[0]), *each.words[1:], "--out", str(out), *passed_on]
-            place = f"{wanted.index(each) + 1} of {len(wanted)}"
-            print(f"== {place}: python {shlex.join(words)}", flush=True)
+            print(f"== {number} of {len(wanted)}: python {shlex.join(words)}", flush=True)
             trainer.start(each, words)
             continue
         if trainer.is_idle:

@@ -42,11 +42,14 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._signal = None
-        noted = set(self.SIGNALS)
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-            noted.remove(signal.SIGHUP)  # nohup
-        self._before = {number: signal.signal(number, self._remember) for number in noted}
+        self._before = {number: signal.signal(number, self._remember) for number in self.noted()}
         return self
+
+    @classmethod
+    def noted(cls) -> set[signal.Signals]:
+        """Those of ``SIGNALS`` that are a request here: under nohup, SIGHUP is none."""
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        return set(cls.SIGNALS) - ({signal.SIGHUP} if ignored else set())
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not SystemExit:

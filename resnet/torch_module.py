@@ -60,10 +60,11 @@ class Block(nn.Sequential):
         self.architecture = architecture
 
     def forward(self, x):
+        *modules, last = self
         h = x
-        for i, module in enumerate(self, 1):
-            inner = self.architecture == "resresnet" and i == len(self)
-            h = module(h, x) if inner else module(h)
+        for module in modules:
+            h = module(h)
+        h = last(h, x if self.architecture == "resresnet" else None)
         return F.relu(h + option_a(x, h)) if self.architecture == "resresnet_twice" else h
 
 

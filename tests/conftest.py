@@ -72,6 +72,25 @@ def layer(x, W, bn, stride=1, shortcut=None):
     return functions.relu(y + functions.option_a(shortcut, y.shape[1], step))
 
 
+def normal(*shape, seed=0):
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+def losses(net, steps=3, batchsize=8):
+    """Of so many steps on one batch."""
+    optimizer = functions.momentum_sgd(net, 0.9, 1e-4)
+    optimizer.lr = 0.05
+    x, t = normal(batchsize, 3, 32, 32), np.arange(batchsize, dtype=np.int32) % 10
+    found = []
+    for _ in range(steps):
+        loss = functions.softmax_cross_entropy(net(x), t)
+        net.cleargrads()
+        loss.backward()
+        optimizer.update()
+        found.append(float(loss.array))
+    return found
+
+
 def python(*words, cwd=ROOT, **environment):
     """Run ``python *words`` as a user would; returns the finished process with its text output."""
     return subprocess.run(

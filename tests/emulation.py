@@ -15,12 +15,16 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from resnet import functions
 from resnet.backends.gpu import capture, cuda, cudnn, programs
 
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++")
+needs_compiler = pytest.mark.skipif(
+    COMPILER is None, reason="g++ is missing: it compiles the CUDA kernels for the CPU"
+)
 CAPABILITY = 90  # of the GPU that is stood in for
 SHARED_MEMORY = 227 << 10  # bytes that a block may have there
 

@@ -14,9 +14,7 @@ from resnet.batches import Batches, Images
 from resnet.parallel import ALONE, Processes
 from resnet.updater import Updater
 
-pytestmark = pytest.mark.skipif(
-    emulation.COMPILER is None, reason="g++ is missing: it compiles the CUDA kernels for the CPU"
-)
+pytestmark = emulation.needs_compiler
 
 
 class Small(chainer.Chain):

@@ -13,17 +13,14 @@ import numpy as np
 import pytest
 from chainer import functions as F
 from chainer import links as L
-from conftest import layer
+from conftest import layer, losses, normal
+from emulation import needs_compiler
 
 from resnet import flags, functions, network
 from resnet.backends.gpu import cuda, programs
 from resnet.backends.reference import REFERENCE
 from resnet.batches import Batches, Images
 from resnet.command import InputError
-
-needs_compiler = pytest.mark.skipif(
-    emulation.COMPILER is None, reason="g++ is missing: it compiles the CUDA kernels for the CPU"
-)
 
 
 @pytest.fixture
@@ -36,10 +33,6 @@ def gpu(request, monkeypatch):
 
 
 half_and_float = pytest.mark.parametrize("gpu", ["fp32", "fp16"], indirect=True)
-
-
-def normal(*shape, seed=0):
-    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
 def make_layer(channels=16, channels_in=16):
@@ -203,20 +196,6 @@ def test_small_gradients_survive_float16(gpu):
 
 
 # ---- Networks ------------------------------------------------------------------------------------
-
-
-def losses(net, steps=3, batchsize=8):
-    optimizer = functions.momentum_sgd(net, 0.9, 1e-4)
-    optimizer.lr = 0.05
-    x, t = normal(batchsize, 3, 32, 32), np.arange(batchsize, dtype=np.int32) % 10
-    found = []
-    for _ in range(steps):
-        loss = functions.softmax_cross_entropy(net(x), t)
-        net.cleargrads()
-        loss.backward()
-        optimizer.update()
-        found.append(float(loss.array))
-    return found
 
 
 @needs_compiler

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from chainer import links as L
-from conftest import layer
+from conftest import layer, normal
 from torch.nn import functional as F
 
 from resnet import functions
@@ -13,10 +13,6 @@ from resnet.blocks import Block
 from resnet.modules import ResidualModule
 
 TOLERANCE = 1e-5  # of the largest value; the sums have up to 144 terms in float32
-
-
-def normal(*shape, seed=0):
-    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
 def assert_close(found, expected):

@@ -6,7 +6,7 @@ import pytest
 
 from resnet.backends.gpu import programs
 
-SHARED_MEMORY = 227 << 10  # bytes that a block may have on an H100; 163 on an A100
+SHARED_MEMORY = 163 << 10  # bytes that a block may have on an A100; on an H100 227
 
 
 def test_every_kernel_of_the_sources_is_named():
@@ -25,4 +25,4 @@ def test_a_gpu_without_tf32_is_not_given_what_it_cannot_compile():
 
 @pytest.mark.parametrize("name", programs.ON_TENSOR_CORES)
 def test_no_kernel_wants_more_shared_memory_than_there_is(name):
-    assert programs.ON_TENSOR_CORES[name] <= 163 << 10
+    assert programs.ON_TENSOR_CORES[name] <= SHARED_MEMORY

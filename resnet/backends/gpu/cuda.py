@@ -173,10 +173,6 @@ class Cuda(Fused):
             return REFERENCE.momentum_sgd(network, momentum, weight_decay)
         return _FlatMomentumSGD(momentum, weight_decay, self.dtype).setup(network)
 
-    def convolution_of(self, shape: tuple[int, ...], channels: int, stride: int) -> _Convolution:
-        """The convolutions of layers of this shape; see ``_Convolution``."""
-        return _convolution(shape, channels, stride, self.precision, self.own)
-
     def _are_activations(self, *variables) -> bool:
         """Whether every kernel can take these images as they are, or once they are packed."""
         width = _width(self.dtype)
@@ -390,7 +386,8 @@ class _Layer(_Node):
         self.x = _activation(x, dtype)
         n, height, width, channels_in = self.x.shape
         shape, channels = (n, channels_in, height, width), len(w)
-        self.convolution = self.backend.convolution_of(shape, channels, self.stride)
+        kind = self.backend.precision, self.backend.own
+        self.convolution = _convolution(shape, channels, self.stride, *kind)
         _, _, height, width = self.convolution.out_shape
         self.h = h = xp.empty((n, height, width, channels), dtype)
         self.convolution.forward(self.x, w, h)
