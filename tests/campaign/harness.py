@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from resnet import command
@@ -41,38 +42,44 @@ def child(body, before=lambda: None, times=1):
     Returns:
         Its exit status, negative for a signal and None for one that hangs; what it wrote to stderr.
     """
-    with tempfile.TemporaryFile() as said:
-        pid = os.fork()
-        if pid == 0:
-            status = 70
-            try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os.dup2(said.fileno(), 2)
-                sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
-                faulthandler.disable()  # a crash is counted
-                before()
-                command.run(body)
-                status = 0
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else int(end.code is not None)
-            finally:
+    # A pipe, since a file would be cut off where the size of files is limited.
+    said, write_to = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(write_to, 2)
+            sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
+            faulthandler.disable()  # a crash is counted
+            before()
+            command.run(body)
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            with suppress(OSError):
                 sys.stderr.flush()
-                os._exit(status)
-        status = _wait(pid, times * SECONDS)
-        said.seek(0)
-        return status, said.read().decode(errors="replace")
+            os._exit(status)
+    os.close(write_to)
+    os.set_blocking(said, False)
+    with open(said, "rb") as said:
+        status, text = _wait(pid, said, times * SECONDS)
+    return status, text.decode(errors="replace")
 
 
-def _wait(pid, seconds):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+def _wait(pid, said, seconds):
+    """Exit status of a process, None for one that hangs, and what has come through its pipe."""
+    end, text, ended = time.monotonic() + seconds, b"", False
+    while not ended:
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return None, text + (said.read() or b"")
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        text += said.read() or b""
+        time.sleep(0 if ended else 0.002)
+    return os.waitstatus_to_exitcode(status), text
 
 
 def verdict(status, said, legal=(0, 1, 2, 75, 130)):

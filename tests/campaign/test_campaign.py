@@ -96,6 +96,12 @@ def test_the_campaign_sees_what_it_looks_for(monkeypatch):
     assert verdict(*child(lambda: 1 / 0)) == "traceback"
     assert verdict(*child(lambda: time.sleep(5))) == "hang"
     assert verdict(*child(lambda: os.abort())) == "crash"
+    assert verdict(*child(lambda: read(0, b"refused"), lambda: limit_files(2))) == "refused"
+
+
+def limit_files(size):
+    """Let no file grow beyond ``size`` bytes, which stands for a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 @functools.cache
@@ -243,10 +249,9 @@ def test_on_a_disk_of_any_size_a_run_ends_in_one_line_and_goes_on(experiment, wh
     for size in some([int(largest * i / 60) for i in range(62)] + [1, 2, 100, 1000, 4095, 4096]):
         out = tmp_path / str(size)
 
-        def before(size=size):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-        status, said = child(lambda out=out: train(experiment, out), before)
+        status, said = child(
+            lambda out=out: train(experiment, out), lambda size=size: limit_files(size)
+        )
         if (word := verdict(status, said)) in BAD:
             count(area, word, f"{size} bytes: {said[-300:]}")
         else:
