@@ -1,5 +1,5 @@
 # make demo: from nothing to a trained network in minutes. make test: the tests.
-# PYTHON names the interpreter (3.11, 3.12 or 3.13), VENV the environment that is made and reused.
+# PYTHON names the interpreter (3.11 to 3.14), VENV the environment that is made and reused.
 PYTHON ?= python3
 # CUDA names the GPU's. PyTorch, in the tests' environment, brings 13 and cuDNN for it: 12 has its own.
 CUDA ?= 13
@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 # Old pip reads the first variable, new pip the second (see constraints.txt).
 PIP = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install
 
-LEGAL = 3.11 3.12 3.13
+LEGAL = 3.11 3.12 3.13 3.14
 ifneq ($(MAKECMDGOALS),clean)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 ifeq ($(filter $(basename $(VERSION)),$(LEGAL)),)

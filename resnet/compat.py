@@ -63,16 +63,15 @@ def _environment_check() -> None:
     # pkg_resources (gone in setuptools 82) to print advice about macOS and old CuPy versions.
     if "chainer" in sys.modules:
         return
-    if all(map(_found, ("numpy.distutils", "pkg_resources"))):
-        warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
-    else:
+    if not all(map(_found, ("numpy.distutils", "pkg_resources"))):
         _stub("chainer._environment_check", check=lambda: None)
 
 
 def _pkg_resources() -> None:
     # chainer.testing, and through it chainer.gradient_check, asks pkg_resources whether optional
-    # packages are installed.
+    # packages are installed. Between setuptools 67 and 82 it warns that it will go.
     if _found("pkg_resources"):
+        warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
         return
 
     class ResolutionError(Exception):

@@ -67,7 +67,7 @@ def test_make_refuses_a_python_it_cannot_use_before_anything_else(tmp_path, goal
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert found in line and "legal: Python 3.11 3.12 3.13" in line and "make PYTHON=" in line
+    assert found in line and "legal: Python 3.11 3.12 3.13 3.14" in line and "make PYTHON=" in line
     assert not (tmp_path / "venv").exists()
     assert subprocess.run(["make", "-n", *words[1:3], "clean", words[4]]).returncode == 0
 

@@ -83,7 +83,7 @@ DAMAGES = {  # of a snapshot without a digest, and what is said of it
     "rate": ({"updater/lr": -0.1}, "updater/lr: found -0.1, legal: from 0 up"),
     "variance": ({"updater/network/conv1/bn/avg_var": np.full(16, -1, "f")}, "avg_var: found -1"),
     "log": ({"extensions/LogReport/_log": "[{"}, "Expecting"),
-    "nested": ({"extensions/LogReport/_log": "[" * 100_000}, "recursion"),
+    "nested": ({"extensions/LogReport/_log": "[" * 100_000}, "while decoding a JSON array"),
     "no list": ({"extensions/LogReport/_log": "7"}, "not a list"),
     "errors": ({"updater/warm_up/errors": "0.5,half"}, "could not convert"),
     "identity": ({"identity": "7"}, "not iterable"),
