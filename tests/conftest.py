@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ ON_GPU = [pytest.param((name, "@cupy:0"), marks=pytest.mark.gpu) for name in ("c
 # name for functions.use, device; for CUDA without a GPU see emulation.py
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dataset():
     """40 training and 12 test images whose brightness tells their class."""
     rng = np.random.RandomState(0)
@@ -37,14 +38,21 @@ def dataset():
 
     names = tuple(f"brightness {i}" for i in range(10))
     arrays = *images(40), *images(12)
+    for array in arrays:
+        array.flags.writeable = False  # all tests share them
     return cifar10.Dataset("tiny", *arrays, names, "made by the tests", cifar10.digest(*arrays))
+
+
+@pytest.fixture(autouse=True)
+def chainers_functions(monkeypatch):
+    """Chainer's own functions compute, until a test chooses others; its choice ends with it."""
+    monkeypatch.setattr(functions, "_backend", functions.REFERENCE)
 
 
 @pytest.fixture(params=BACKENDS + ON_GPU, ids="-".join)
 def backend(request, monkeypatch):
     """Lets each backend in turn compute, where it can run; the device its arrays live on."""
     name, device = request.param
-    monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
     if (name, device) == ("cuda", "@numpy"):
         if emulation.COMPILER is None:
             pytest.skip("g++ is missing: it compiles the CUDA kernels for the CPU")
@@ -111,11 +119,19 @@ def make_run(dataset, out, *words, n=1):
     return training.whole_network("resnet", n, args.seed, setting)
 
 
+@pytest.fixture(scope="session")
+def trained(dataset, tmp_path_factory):
+    """Folder of the folder of a complete run, trained once."""
+    out = tmp_path_factory.mktemp("trained")
+    make_run(dataset, out).train()
+    return out
+
+
 @pytest.fixture
-def finished(dataset, tmp_path, capsys):
-    run = make_run(dataset, tmp_path)
-    run.train()
-    return run
+def finished(trained, dataset, tmp_path):
+    """A complete run, which the test may change."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return make_run(dataset, tmp_path)
 
 
 def read_log(folder):

@@ -67,8 +67,7 @@ def train_twin(updater, iterations, perturbation=0.0):
 @pytest.mark.parametrize(
     ("n", "batchsize"), [(1, 16), pytest.param(3, 128, marks=pytest.mark.slow)]
 )
-def test_first_losses_agree_in_double_precision(images, n, batchsize, monkeypatch):
-    monkeypatch.setattr(functions, "_backend", functions.REFERENCE)
+def test_first_losses_agree_in_double_precision(images, n, batchsize):
     updater = make_updater(images, n, batchsize, dtype=np.float64)
     expected = train_twin(updater, 5)
     losses = []

@@ -338,7 +338,6 @@ def test_cuda_without_a_driver_is_no_gpu(monkeypatch):
 
 
 def test_on_a_gpu_it_computes_where_it_can(monkeypatch):
-    monkeypatch.setattr(functions, "_backend", functions._backend)
     monkeypatch.setattr(cuda, "available", lambda: (False, "cuDNN is missing"))
     assert functions.use("auto", gpu=True).endswith("; not --backend cuda: cuDNN is missing")
     assert functions._backend is REFERENCE

@@ -113,7 +113,6 @@ class WithOldCudnn:
     ],
 )
 def test_without_cudnn_one_line_says_so(monkeypatch, module, line):
-    monkeypatch.setattr(functions, "_backend", functions._backend)
     monkeypatch.setattr(cuda, "_without_gpu", lambda: None)
     monkeypatch.setattr(cudnn, "_cuda_version", lambda: 13000)
     monkeypatch.setattr(cudnn, "_import_frontend", module)

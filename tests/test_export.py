@@ -31,11 +31,6 @@ def logits(network, mean, x=IMAGES):
     return extensions.predict(network, images)
 
 
-@pytest.fixture(autouse=True)
-def backend_is_put_back(monkeypatch):
-    monkeypatch.setattr(functions, "_backend", functions._backend)
-
-
 def save(architecture, folder):
     """A blocks.h5 and the network in it."""
     path, net = folder / "blocks.h5", trained(architecture)

@@ -316,7 +316,6 @@ def test_weight_decay_reaches_every_parameter(backend):
 
 
 def test_auto_takes_the_fastest_backend_that_can_run(monkeypatch):
-    monkeypatch.setattr(functions, "_backend", functions._backend)
     monkeypatch.setattr(onednn, "available", lambda **_: (True, "oneDNN 3"))
     monkeypatch.setattr(vectors, "name", lambda: "AVX2")
     assert functions.use("auto") == "winograd (F(4x4, 3x3) with AVX2, oneDNN 3)"

@@ -22,10 +22,9 @@ def images():
 
 
 @pytest.fixture(params=itertools.product(functions.ON_GPU, cudnn.PRECISIONS), ids="-".join)
-def precision(request, monkeypatch):
+def precision(request):
     """A backend of the GPU computes, in each precision in turn."""
     name, precision = request.param
-    monkeypatch.setattr(functions, "_backend", functions._backend)
     if not functions.count_gpus():
         pytest.skip("there is no GPU")
     chainer.get_device("@cupy:0").use()

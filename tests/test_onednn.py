@@ -26,8 +26,7 @@ print(hashlib.sha256(train(network.resnet(1), steps=5).tobytes()).hexdigest())
 
 
 @pytest.fixture(autouse=True)
-def put_back(monkeypatch):
-    monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
+def fastest(chainers_functions):
     functions.use()
 
 

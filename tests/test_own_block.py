@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, python
 from torch.nn import functional as F
 
-from resnet import command, evaluate, functions, network, weights
+from resnet import command, evaluate, network, weights
 from resnet.torch_module import EPS, option_a
 
 SCRIPT = ROOT / "tests" / "preactivation.py"
@@ -19,9 +19,8 @@ PLOTS = {"tables": (), "claims": (), "curves": ("-o", "curves.png"), "report": (
 
 
 @pytest.fixture(autouse=True)
-def known(monkeypatch):
+def known():
     """The script's architecture makes itself known here, too; to other tests it is not."""
-    monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
     runpy.run_path(str(SCRIPT))
     yield
     del network.ARCHITECTURES["preact"]

@@ -115,9 +115,8 @@ def two(tmp_path_factory):
     return out / "resnet-8-seed0", finish(mpirun(*SHARED, "-e", "2", "-o", out))
 
 
-def test_two_processes_do_what_one_does_with_the_gradients_of_both_halves(two, monkeypatch):
+def test_two_processes_do_what_one_does_with_the_gradients_of_both_halves(two):
     """Batch statistics are each half's own; one process that averages both gradients agrees."""
-    monkeypatch.setattr(functions, "_backend", functions.REFERENCE)
     halves = [make_updater(192, 48, Member(rank, 2)) for rank in range(2)]
     losses = []
     for iteration in range(8):

@@ -1,6 +1,7 @@
 """Partial training: which blocks are there, what each stage begins with, what is logged."""
 
 import json
+import shutil
 
 import chainer
 import numpy as np
@@ -26,11 +27,20 @@ def make(dataset, out, *words, order="top-down", n=1, epoch=("-e", "3")):
     return PartialTraining(order, n, args.seed, setting)
 
 
-@pytest.fixture(params=partial_training.ORDERS)
-def finished(request, dataset, tmp_path):
-    whole = make(dataset, tmp_path, order=request.param)
-    whole.train()
-    return whole
+@pytest.fixture(scope="module", params=partial_training.ORDERS)
+def trained(request, dataset, tmp_path_factory):
+    """The order, and the folder of the folder of a complete training."""
+    out = tmp_path_factory.mktemp(request.param)
+    make(dataset, out, order=request.param).train()
+    return request.param, out
+
+
+@pytest.fixture
+def finished(trained, dataset, tmp_path):
+    """A complete training, which the test may change."""
+    order, out = trained
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    return make(dataset, tmp_path, order=order)
 
 
 def arrays(network, groups):

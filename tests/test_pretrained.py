@@ -9,7 +9,7 @@ import pytest
 from conftest import make_run, python
 from PIL import Image
 
-from resnet import evaluate, export, functions, pretrained, record
+from resnet import evaluate, export, pretrained, record
 from resnet.command import InputError
 
 
@@ -62,7 +62,6 @@ def test_evaluate_takes_a_name_and_classifies_images(
 
 def test_the_export_takes_a_name(shelf, finished, tmp_path, monkeypatch, capsys):
     pretrained.add(finished.folder, "resnet-8")
-    monkeypatch.setattr(functions, "_backend", functions._backend)  # put back afterwards
     monkeypatch.setattr("sys.argv", ["export", "resnet-8", "--torch", str(tmp_path / "net.pt")])
     export.main()
     assert "shelf/resnet-8/blocks.h5: ResNet, 8 layers" in (out := capsys.readouterr().out)

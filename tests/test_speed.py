@@ -92,7 +92,6 @@ def change(monkeypatch, start, variant):
 
     monkeypatch.setattr(speed, "resnet", lambda n: network)
     monkeypatch.setattr(torch_network, "TorchNetwork", Twin)
-    monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
     step = speed.step_of(variant, network.n, 8, chainer.get_device("@numpy"))
     step.run()
     step.run()
@@ -196,7 +195,6 @@ def test_a_gpu_for_one_process_has_one_at_a_time(monkeypatch, capsys, mode, most
     device = SimpleNamespace(xp=xp, device=SimpleNamespace(id=0))
     monkeypatch.setattr(speed, "Worker", Worker)
     monkeypatch.setattr(flags, "find_device", lambda name: device)
-    monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
     monkeypatch.setattr(sys, "argv", ["speed.py", "--device", "0", "--rounds", "1"])
     speed.main()
     assert max(counts) == most and not alive
@@ -245,7 +243,6 @@ def test_ours_that_fails_is_reported_in_full_and_ends_with_1(tmp_path, monkeypat
     script = tmp_path / "broken.py"
     script.write_text("raise SystemExit('what went wrong')")
     monkeypatch.setattr(speed, "__file__", str(script))
-    monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
     words = ["--only", "torch", "ours", "--rounds", "1", "-o", str(tmp_path / "speed")]
     monkeypatch.setattr(sys, "argv", ["speed.py", *words])
     with pytest.raises(command.InputError, match=r"^not run: ours \(its process ended") as error:

@@ -124,13 +124,12 @@ def test_a_processor_without_avx2_computes_directly_and_one_line_says_so():
     assert "ValueError: needs a processor with AVX2 or AVX-512" in done.stderr
 
 
-def test_three_starts_end_alike_with_and_without_it(monkeypatch):
+def test_three_starts_end_alike_with_and_without_it():
     """A difference of 1e-6 at the start grows; that of the rounding is no larger."""
     from test_onednn import train
 
     from resnet import network
 
-    monkeypatch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
     ends = {}
     for backend in ("onednn", "winograd"):
         functions.use(backend)
