@@ -4,7 +4,8 @@
   python experiments/step_profile.py --n 3                      by the clock, with all threads
 
 With one thread, what a pass costs is what this process has computed in it, whatever else runs. With
-more, the clock tells what they leave to one of them; let nothing else run. Medians over steps.
+more it is time by the clock, in which work that one of them does alone shows in full; let nothing
+else run. Medians over steps.
 """
 
 import argparse
