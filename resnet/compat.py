@@ -69,7 +69,7 @@ def _environment_check() -> None:
 
 def _pkg_resources() -> None:
     # chainer.testing, and through it chainer.gradient_check, asks pkg_resources whether optional
-    # packages are installed. Between setuptools 67 and 82 it warns that it will go.
+    # packages are installed. From setuptools 80.9 on it warns everybody that it will go.
     if _found("pkg_resources"):
         warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
         return

@@ -121,8 +121,9 @@ def make_run(dataset, out, *words, n=1):
 
 @pytest.fixture(scope="session")
 def trained(dataset, tmp_path_factory):
-    """Folder of the folder of a complete run, trained once."""
+    """The ``--out`` of a complete run, trained once."""
     out = tmp_path_factory.mktemp("trained")
+    functions.use("chainer")
     make_run(dataset, out).train()
     return out
 

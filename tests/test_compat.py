@@ -27,6 +27,23 @@ packages.require, packages.DistributionNotFound = require, DistributionNotFound
 for module in (numpy.distutils, numpy.distutils.system_info, packages):
     sys.modules[module.__name__] = module
 """
+# pkg_resources alone, as setuptools 80.9 has it.
+DEPRECATED = """
+import sys, types, warnings
+class Warns:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy.distutils":
+            raise ModuleNotFoundError(name)
+        if name == "pkg_resources":
+            from importlib.machinery import ModuleSpec
+            return ModuleSpec(name, self)
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        warnings.warn("pkg_resources is deprecated as an API. See https", UserWarning, 2)
+        module.DistributionNotFound, module.require = LookupError, lambda requirement: None
+sys.meta_path.insert(0, Warns())
+"""
 both = pytest.mark.parametrize("world", ["", WITHOUT], ids=["as it is", "without"])
 
 
@@ -38,7 +55,9 @@ def run(code, cwd=ROOT, flags=()):
     return done.stdout
 
 
-@both
+@pytest.mark.parametrize(
+    "world", ["", WITHOUT, DEPRECATED], ids=["as it is", "without", "deprecated"]
+)
 def test_chainer_imports_quietly(world):
     code = "import resnet, chainer, chainer.testing; print(chainer.__version__)"
     assert run(world + code) == "7.8.1\n"

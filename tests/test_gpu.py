@@ -107,11 +107,10 @@ def test_batches_are_those_of_the_cpu_bit_for_bit(precision, images):
 @pytest.fixture(scope="module")
 def on_the_cpu(images):
     """Losses of 200 steps."""
-    before = functions._backend
-    functions.use("auto")
-    losses = train(make_updater(images, "@numpy"), 200)
-    functions._backend = before
-    return losses
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functions, "_backend", functions._backend)  # puts it back afterwards
+        functions.use("auto")
+        return train(make_updater(images, "@numpy"), 200)
 
 
 def test_first_losses_are_those_of_the_cpu(precision, images, on_the_cpu):

@@ -9,7 +9,7 @@ import pytest
 from chainer import functions as F
 from conftest import read_blocks
 
-from resnet import extensions, flags, partial_training, training, weights
+from resnet import extensions, flags, functions, partial_training, training, weights
 from resnet.command import InputError
 from resnet.network import BLOCKS, resnet
 from resnet.partial_training import PartialTraining
@@ -28,17 +28,18 @@ def make(dataset, out, *words, order="top-down", n=1, epoch=("-e", "3")):
 
 
 @pytest.fixture(scope="module", params=partial_training.ORDERS)
-def trained(request, dataset, tmp_path_factory):
-    """The order, and the folder of the folder of a complete training."""
+def trained_in_order(request, dataset, tmp_path_factory):
+    """The order, and the ``--out`` of a complete training."""
     out = tmp_path_factory.mktemp(request.param)
+    functions.use("chainer")
     make(dataset, out, order=request.param).train()
     return request.param, out
 
 
 @pytest.fixture
-def finished(trained, dataset, tmp_path):
+def finished(trained_in_order, dataset, tmp_path):
     """A complete training, which the test may change."""
-    order, out = trained
+    order, out = trained_in_order
     shutil.copytree(out, tmp_path, dirs_exist_ok=True)
     return make(dataset, tmp_path, order=order)
 

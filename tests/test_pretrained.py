@@ -9,7 +9,7 @@ import pytest
 from conftest import make_run, python
 from PIL import Image
 
-from resnet import evaluate, export, pretrained, record
+from resnet import evaluate, export, functions, pretrained, record
 from resnet.command import InputError
 
 
@@ -20,12 +20,15 @@ def shelf(tmp_path, monkeypatch):
     return tmp_path / "shelf"
 
 
-@pytest.fixture
-def finished(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "git_state", lambda: {"commit": "0123abcd", "modified": False})
-    run = make_run(dataset, tmp_path / "runs")
-    run.train()
-    return run
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory):
+    """The ``--out`` of a complete run of a clean commit, trained once."""
+    out = tmp_path_factory.mktemp("trained")
+    functions.use("chainer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record, "git_state", lambda: {"commit": "0123abcd", "modified": False})
+        make_run(dataset, out).train()
+    return out
 
 
 def test_a_network_is_there_once_its_folder_is(shelf, finished):
