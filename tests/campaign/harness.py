@@ -70,16 +70,16 @@ def child(body, before=lambda: None, times=1):
 
 def _wait(pid, said, seconds):
     """Exit status of a process, None for one that hangs, and what has come through its pipe."""
-    end, text, ended = time.monotonic() + seconds, b"", False
-    while not ended:
-        if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return None, text + (said.read() or b"")
-        ended, status = os.waitpid(pid, os.WNOHANG)
+    end, text = time.monotonic() + seconds, b""
+    while time.monotonic() < end:
+        found, status = os.waitpid(pid, os.WNOHANG)
         text += said.read() or b""
-        time.sleep(0 if ended else 0.002)
-    return os.waitstatus_to_exitcode(status), text
+        if found:
+            return os.waitstatus_to_exitcode(status), text
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None, text
 
 
 def verdict(status, said, legal=(0, 1, 2, 75, 130)):
