@@ -66,8 +66,10 @@ def main() -> None:
                    help="what computes (default: %(default)s)")  # fmt: skip
     args = p.parse_args()
     line = functions.use(args.backend)
-    several = onednn.threads() > 1
-    clock = time.perf_counter if several else time.thread_time
+    if onednn.threads() > 1:
+        clock, kind = time.perf_counter, "by the clock"
+    else:
+        clock, kind = time.thread_time, "of processor time"
     kernels = onednn.kernels
     times = defaultdict(list)
     for name, what in PASSES.items():
@@ -95,9 +97,8 @@ def main() -> None:
     total = statistics.median(whole)
     rows = sorted(((statistics.median(each), what) for what, each in times.items()), reverse=True)
     rows.append((total - sum(seconds for seconds, _ in rows), "pooling, loss, graph and the rest"))
-    what = "by the clock" if several else "of processor time"
     print(
-        f"ResNet-{6 * args.n + 2}, batch {BATCHSIZE}, {line}: {1e3 * total:.0f} ms a step {what}\n"
+        f"ResNet-{6 * args.n + 2}, batch {BATCHSIZE}, {line}: {1e3 * total:.0f} ms a step {kind}\n"
     )
     print("| pass | ms | share |\n| --- | --- | --- |")
     for seconds, what in rows:
