@@ -115,7 +115,8 @@ def make_run(dataset, out, *words, n=1):
     args = flags.add_schedule(flags.parser("")).parse_args(
         ["--n", str(n), "-b", "16", "-e", "3", "--out", str(out), *words]
     )
-    setting = training.Setting(args, dataset, "test", chainer.get_device("@numpy"), "chainer")
+    backend = functions.use("chainer")
+    setting = training.Setting(args, dataset, "test", chainer.get_device("@numpy"), backend)
     return training.whole_network("resnet", n, args.seed, setting)
 
 
@@ -123,7 +124,6 @@ def make_run(dataset, out, *words, n=1):
 def trained(dataset, tmp_path_factory):
     """The ``--out`` of a complete run, trained once."""
     out = tmp_path_factory.mktemp("trained")
-    functions.use("chainer")
     make_run(dataset, out).train()
     return out
 

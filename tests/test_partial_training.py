@@ -23,7 +23,8 @@ def make(dataset, out, *words, order="top-down", n=1, epoch=("-e", "3")):
     p.add_argument("--freeze", action="store_true")
     p.add_argument("--new-ends", action="store_true")
     args = p.parse_args(["-b", "16", *epoch, "--out", str(out), *words])
-    setting = training.Setting(args, dataset, "test", chainer.get_device("@numpy"), "chainer")
+    backend = functions.use("chainer")
+    setting = training.Setting(args, dataset, "test", chainer.get_device("@numpy"), backend)
     return PartialTraining(order, n, args.seed, setting)
 
 
@@ -31,7 +32,6 @@ def make(dataset, out, *words, order="top-down", n=1, epoch=("-e", "3")):
 def trained_in_order(request, dataset, tmp_path_factory):
     """The order, and the ``--out`` of a complete training."""
     out = tmp_path_factory.mktemp(request.param)
-    functions.use("chainer")
     make(dataset, out, order=request.param).train()
     return request.param, out
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_run, python
 from PIL import Image
 
-from resnet import evaluate, export, functions, pretrained, record
+from resnet import evaluate, export, pretrained, record
 from resnet.command import InputError
 
 
@@ -24,7 +24,6 @@ def shelf(tmp_path, monkeypatch):
 def trained(dataset, tmp_path_factory):
     """The ``--out`` of a complete run of a clean commit, trained once."""
     out = tmp_path_factory.mktemp("trained")
-    functions.use("chainer")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record, "git_state", lambda: {"commit": "0123abcd", "modified": False})
         make_run(dataset, out).train()
