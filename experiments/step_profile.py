@@ -65,7 +65,7 @@ def main() -> None:
     p.add_argument("--backend", choices=("onednn", "winograd"), default="winograd",
                    help="what computes (default: %(default)s)")  # fmt: skip
     args = p.parse_args()
-    line = functions.use(args.backend)
+    line = flags.choose_backend(args.backend, flags.find_device("cpu"))
     if onednn.threads() > 1:
         clock, kind = time.perf_counter, "by the clock"
     else:

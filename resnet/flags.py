@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import chainer
+import numpy as np
 
 from resnet import augmentation, functions, parallel
 from resnet.command import USAGE, InputError, Parser, path
@@ -215,3 +216,20 @@ def find_device(name: str | None, local: int = 0) -> chainer.backend.Device:
         return chainer.get_device(f"@cupy:{index}")
     legal = "cpu" + (f" or a GPU from 0 to {gpus - 1}" if gpus else "; no GPU was found here")
     raise InputError(f"--device: found '{name}', legal: {legal}", USAGE)
+
+
+def choose_backend(name: str, device: chainer.backend.Device, precision: str | None = None) -> str:
+    """Let ``--backend`` compute from here on; ``functions.use``, whose line is returned.
+
+    Args:
+        name: The flag's value.
+        device: Where the arrays will be.
+        precision: The value of ``--precision``.
+
+    Raises:
+        InputError: With exit code 2: it cannot compute here; the message says what is missing.
+    """
+    try:
+        return functions.use(name, device.xp is not np, precision)
+    except ValueError as error:
+        raise InputError(f"--backend {name}: {error}", USAGE) from None

@@ -100,10 +100,7 @@ def prepare(args: argparse.Namespace) -> Setting:
             USAGE,
         )
     device = flags.find_device(args.device, processes.local)
-    try:
-        backend = functions.use(args.backend, device.xp is not np, args.precision)
-    except ValueError as error:
-        raise InputError(f"--backend {args.backend}: {error}", USAGE) from None
+    backend = flags.choose_backend(args.backend, device, args.precision)
     if processes.rank > 0:
         processes.wait()  # the first one may have to download it
     dataset = cifar10.load(args.data)

@@ -33,3 +33,13 @@ def test_a_step_is_mostly_its_passes(name, threads, kind):
     convolutions = "Winograd's" if name == "winograd" else "direct"
     assert passes[f"{convolutions} convolutions, forward"] > 0.05 * total
     assert passes[f"{convolutions} convolutions, both gradients"] > 0.1 * total
+
+
+def test_a_backend_that_is_missing_is_one_line():
+    older = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "+sse4.2"}
+    done = python("experiments/step_profile.py", **older)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: --backend winograd: needs a processor with AVX2 or AVX-512"
+    )
+    assert "Traceback" not in done.stderr
