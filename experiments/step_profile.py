@@ -6,12 +6,16 @@
 With one thread, what a pass costs is what this process has computed in it, whatever else runs. With
 more it is time by the clock, in which work that one of them does alone shows in full; let nothing
 else run. Medians over steps.
+
+``--without`` leaves steps of Winograd's convolutions out, the transforms to the points, those back
+or the products: the results are wrong then, and what a step costs is what is missing.
 """
 
 import argparse
 import functools
 import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -42,6 +46,17 @@ PASSES = {  # function of resnet.backends.cpu.kernels -> what it is
     "momentum_step": "optimizer",
 }
 
+STEPS = {"read": "transforms to the points", "write": "transforms back", "product": "products"}
+
+
+def leave_out(steps: list[str], folder: str) -> str:
+    """Have Winograd's convolutions compiled into ``folder`` without these of their ``STEPS``."""
+    winograd = onednn.winograd
+    winograd.KEPT = Path(folder)  # not beside the right ones
+    for each in steps:
+        setattr(winograd.Steps, each, lambda *_, **__: None)
+    return "".join(f", without the {STEPS[each]}" for each in steps)
+
 
 def measured(function, times: list[float], clock):
     """``function``, which adds its time to the last of ``times``."""
@@ -64,8 +79,18 @@ def main() -> None:
                    help="steps that are measured (default: %(default)s)")  # fmt: skip
     p.add_argument("--backend", choices=("onednn", "winograd"), default="winograd",
                    help="what computes (default: %(default)s)")  # fmt: skip
+    p.add_argument("--without", choices=STEPS, nargs="+", default=[], metavar="STEP",
+                   help=f"leave out of Winograd's convolutions: {', '.join(STEPS)}")  # fmt: skip
     args = p.parse_args()
+    if args.without and args.backend != "winograd":
+        p.error(f"--without: found with --backend {args.backend}, legal: with winograd")
     line = flags.choose_backend(args.backend, flags.find_device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        profile(args.n, args.steps, line + leave_out(args.without, folder))
+
+
+def profile(n: int, steps: int, line: str) -> None:
+    """Train ``steps`` steps and print what each pass of them took."""
     if onednn.threads() > 1:
         clock, kind = time.perf_counter, "by the clock"
     else:
@@ -77,11 +102,11 @@ def main() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((BATCHSIZE, 3, 32, 32)).astype(np.float32)
     t = rng.integers(0, 10, BATCHSIZE).astype(np.int32)
-    network = resnet(args.n)
+    network = resnet(n)
     optimizer = functions.momentum_sgd(network, 0.9, 1e-4)
     optimizer.lr = 0.01
     whole = []
-    for step in range(3 + args.steps):
+    for step in range(3 + steps):
         for each in times.values():
             each.append(0.0)
         begin = clock()
@@ -97,9 +122,7 @@ def main() -> None:
     total = statistics.median(whole)
     rows = sorted(((statistics.median(each), what) for what, each in times.items()), reverse=True)
     rows.append((total - sum(seconds for seconds, _ in rows), "pooling, loss, graph and the rest"))
-    print(
-        f"ResNet-{6 * args.n + 2}, batch {BATCHSIZE}, {line}: {1e3 * total:.0f} ms a step {kind}\n"
-    )
+    print(f"ResNet-{6 * n + 2}, batch {BATCHSIZE}, {line}: {1e3 * total:.0f} ms a step {kind}\n")
     print("| pass | ms | share |\n| --- | --- | --- |")
     for seconds, what in rows:
         if seconds > 0:

@@ -43,3 +43,21 @@ def test_a_backend_that_is_missing_is_one_line():
         "error: --backend winograd: needs a processor with AVX2 or AVX-512"
     )
     assert "Traceback" not in done.stderr
+
+
+def test_a_step_that_is_left_out_costs_nothing():
+    if not onednn.available(by_tiles=True)[0]:
+        pytest.skip("this processor has no AVX2")
+    words = "experiments/step_profile.py", "--n", 1, "--steps", 3, "--without"
+    done = python(*words, "product", "read", "write", OMP_NUM_THREADS="1")
+    whole = python(*words[:-1], OMP_NUM_THREADS="1")
+    assert "without the products" in done.stdout and "without" not in whole.stdout
+    convolutions = r"Winograd's convolutions, forward \| ([\d.]+)"
+    less, all_of_it = (float(re.search(convolutions, each.stdout)[1]) for each in (done, whole))
+    assert less < 0.8 * all_of_it
+
+
+def test_direct_convolutions_have_no_steps_to_leave_out():
+    done = python("experiments/step_profile.py", "--backend", "onednn", "--without", "read")
+    assert done.returncode == 2
+    assert "--without: found with --backend onednn, legal: with winograd" in done.stderr
