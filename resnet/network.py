@@ -111,8 +111,8 @@ class Network(chainer.Chain):
         """(N, 3, 32, 32) -> logits (N, classes)."""
         for name in GROUPS:
             with chainer.using_config("train", chainer.config.train and name not in self.frozen):
-                x = functions.finished(self[name](x))
-        return x
+                x = self[name](x)
+        return functions.finished(x)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from resnet import functions
 from resnet.blocks import Block
 from resnet.modules import ResidualModule
+from resnet.network import resnet
 
 TOLERANCE = 1e-5  # of the largest value; the sums have up to 144 terms in float32
 
 
 def assert_close(found, expected):
     found, expected = (chainer.cuda.to_cpu(each) for each in (found, expected))
-    assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 def make(backend, kind, *arguments):
@@ -117,3 +118,22 @@ def test_a_convolution_by_itself(backend, stride, bias):
     expected.square().sum().backward()
     for our, their in zip(ours, theirs, strict=True):
         assert_close(our.grad, their.grad.numpy())
+
+
+@pytest.mark.parametrize("frozen", [(), ("conv3",), ("conv2", "conv4")])
+def test_a_network_is_what_its_groups_are_one_after_the_other(backend, frozen, monkeypatch):
+    """Though layers of several groups are computed at once; a frozen one as at test time."""
+    found, forward = [], Block.forward
+    for groups_by_themselves in (False, True):
+        if groups_by_themselves:
+            monkeypatch.setattr(Block, "forward", lambda *a: functions.finished(forward(*a)))
+        net = make(backend, lambda *_: resnet(1))
+        net.freeze(frozen)
+        y = net(backend.send(normal(4, 3, 32, 32)))
+        net.cleargrads()
+        y.grad = backend.send(normal(*y.shape, seed=1))
+        y.backward()
+        found.append([y.array, *(p.grad for _, p in sorted(net.namedparams())), *averages(net)])
+        assert any(mean.any() for mean in averages(net.conv3)) != ("conv3" in frozen)
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b)

@@ -1,7 +1,7 @@
 """What the compiled backends share: operations that wait until several can be computed in one pass.
 
 A module says one operation after the other, as the report's figures do. The compiled backends are
-fast because they compute several of them at once: a layer, or all layers of a block. So their
+fast because they compute several of them at once: a layer, or all layers in a row. So their
 operations return variables that have no array yet, and remember what they are. The first look at
 one computes it: its ``array``, a gradient, any other function of Chainer, ``finished``.
 """
