@@ -45,7 +45,7 @@ def test_a_backend_that_is_missing_is_one_line():
     assert "Traceback" not in done.stderr
 
 
-def test_a_step_that_is_left_out_costs_nothing():
+def test_a_step_that_is_left_out_is_not_computed():
     if not onednn.available(by_tiles=True)[0]:
         pytest.skip("this processor has no AVX2")
     words = "experiments/step_profile.py", "--n", 1, "--steps", 3, "--without"
