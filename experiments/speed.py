@@ -18,8 +18,8 @@ Peak memory is the process's, on a GPU what the library's pools have taken from 
 
 The floor is no training: it does the multiplications and additions of a step's layers, and nothing
 else, as products of large float32 matrices, by the faster of NumPy and oneDNN. That is a direct
-step with all else for nothing. The second floor does a quarter of those of stride 1, as Winograd's
-F(4x4, 3x3) does, whose transforms would be for nothing, too.
+step with all else for nothing. The second floor does as many as Winograd's F(4x4, 3x3): a quarter
+with stride 1, nine sixteenths with stride 2. Its transforms would be for nothing, too.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ TORCH = {
     "torch compile": "PyTorch, channels last, torch.compile",
     "torch graph": "PyTorch, channels last, torch.compile, one CUDA graph",
 }  # may be followed by a precision
-FLOORS = {"floor": 1, "floor winograd": 4}  # how many products of stride 1 become one
+# What is left of the products of layers of stride 1 and 2, but for the first layer.
+FLOORS = {"floor": (1, 1), "floor winograd": (36 / 144, 81 / 144)}
 ON_CPU = ("ours", *CPU_BACKENDS, "torch", "torch channels_last", "torch compile",
           "torch channels_last bf16", "torch compile bf16", *FLOORS)  # fmt: skip
 ON_GPU = (*(f"ours {p}" for p in functions.PRECISIONS), "chainer",
@@ -116,7 +117,7 @@ def step_of(variant: str, n: int, batchsize: int, device) -> Step:
         InputError: The variant cannot run here; the message says why.
     """
     if variant in FLOORS:
-        return Step(products(flop(n, FLOORS[variant]) * batchsize))
+        return Step(products(flop(n, *FLOORS[variant]) * batchsize))
     rng = np.random.RandomState(0)
     # Channels last in memory, as augmentation makes them.
     x = rng.standard_normal((batchsize, 32, 32, 3)).astype(np.float32).transpose(0, 3, 1, 2)
@@ -185,21 +186,20 @@ def products(count: float) -> Callable[[], object]:
     return run
 
 
-def flop(n: int, saved: int = 1) -> int:
+def flop(n: int, same: float = 1, strided: float = 1) -> float:
     """Count the floating-point operations of a training step per image: the products alone.
 
     Forward, and backward for weights and inputs, but for the inputs of the first layer.
 
     Args:
         n: Modules per block.
-        saved: Products of a layer of stride 1 (but for the first layer) that become one.
+        same, strided: What of the products of layers of stride 1 and 2 is counted.
     """
     first, second, third = CHANNELS
-    stem = 32 * 32 * 9 * 3 * first
-    same = 32 * 32 * 9 * 2 * n * first * first
-    same += (2 * n - 1) * 9 * (16 * 16 * second * second + 8 * 8 * third * third)
-    rest = 9 * (16 * 16 * first * second + 8 * 8 * second * third) + third * 10
-    return 2 * (3 * (same // saved + rest) + 2 * stem)
+    stem, fc = 32 * 32 * 9 * 3 * first, third * 10
+    same *= 32 * 32 * 2 * n * first**2 + (2 * n - 1) * (16 * 16 * second**2 + 8 * 8 * third**2)
+    strided *= 16 * 16 * first * second + 8 * 8 * second * third
+    return 2 * (3 * (9 * (same + strided) + fc) + 2 * stem)
 
 
 def work(variant: str, n: int, batchsize: int, device, out: TextIO) -> None:

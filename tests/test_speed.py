@@ -22,14 +22,14 @@ def test_operations_are_three_products_per_weight_but_for_the_first_inputs(n, ma
     assert speed.flop(n) == pytest.approx(2 * (3 * macs * 1e6 - stem), rel=1e-3)
 
 
-def test_winograd_needs_a_quarter_of_the_products_where_the_stride_is_one():
+def test_winograd_needs_36_products_of_144_and_81_where_the_stride_is_two():
     convolutions = [(32, 16, 16)] * 6 + [(16, 32, 32)] * 5 + [(8, 64, 64)] * 5
     strided = [(16, 16, 32), (8, 32, 64)]
     products = sum(
-        side**2 * 9 * c * k / (4 if c == k else 1) for side, c, k in convolutions + strided
+        side**2 * 9 * c * k * (36 if c == k else 81) / 144 for side, c, k in convolutions + strided
     )
     stem, fc = 32 * 32 * 9 * 3 * 16, 64 * 10
-    assert speed.flop(3, 4) == 2 * (3 * (products + fc) + 2 * stem)
+    assert speed.flop(3, *speed.FLOORS["floor winograd"]) == 2 * (3 * (products + fc) + 2 * stem)
 
 
 @pytest.mark.parametrize("most", [100, 15])

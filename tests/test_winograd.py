@@ -1,4 +1,4 @@
-"""Winograd's convolution: the algebra, its rounding, and the code that is made for a processor."""
+"""Winograd's convolution: its rounding, and the code that is made for a processor."""
 
 import re
 
@@ -9,7 +9,7 @@ from conftest import python
 from llvmlite import ir
 
 from resnet import functions
-from resnet.backends.cpu import onednn, vectors, winograd
+from resnet.backends.cpu import onednn, transforms, vectors, winograd
 
 pytestmark = pytest.mark.skipif(
     not onednn.available(by_tiles=True)[0], reason=onednn.available(by_tiles=True)[1]
@@ -18,15 +18,12 @@ PROCESSORS = {  # name of the registers, LLVM's name and features
     "ymm": ("haswell", "+avx,+avx2,+fma"),
     "zmm": ("skylake-avx512", "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512bw,+avx512dq"),
 }
-SHAPES = [(16, 32), (32, 16), (64, 8), (64, 4), (32, 12), (8, 20)]
-
-
-def test_the_transforms_are_those_of_a_correlation():
-    """A^T [(G g) * (B^T d)] has the four values of a filter of three over six inputs."""
-    rng = np.random.default_rng(0)
-    d, g = rng.standard_normal(6), rng.standard_normal(3)
-    y = winograd.A.T @ ((winograd.G @ g) * (winograd.BT @ d))
-    np.testing.assert_allclose(y, np.correlate(d, g, "valid"), rtol=1e-12)
+SHAPES = [  # channels, filters, side, stride
+    *((c, c, side, 1) for c, side in [(16, 32), (32, 16), (64, 8), (64, 4), (32, 12), (8, 20)]),
+    *((c, 2 * c, side, 2) for c, side in [(16, 32), (32, 16), (64, 8), (8, 24)]),
+    (64, 16, 8, 1),
+    (64, 16, 16, 2),
+]
 
 
 def rows(x):
@@ -34,26 +31,30 @@ def rows(x):
     return x.reshape(onednn._row_shape(x.transpose(0, 3, 1, 2).shape))
 
 
-@pytest.mark.parametrize(("channels", "side"), SHAPES)
-def test_rounding_is_a_few_times_that_of_a_direct_convolution(channels, side):
+def gradients(convolution, x, g, w, gx, adds=False):
+    """Those of the filters; gx is written."""
+    gw, nothing = np.empty_like(w), (np.empty((0, 0), "f"), np.empty((0, 0, 0), "f"))
+    as_it_is = np.repeat(np.array([[1], [0], [0]], "f"), rows(g).shape[2], axis=1)
+    convolution.gradients(rows(g), rows(g), as_it_is, rows(x), *nothing, w, gw, rows(gx), adds=adds)
+    return gw
+
+
+@pytest.mark.parametrize(("channels", "filters", "side", "stride"), SHAPES)
+def test_rounding_is_a_few_times_that_of_a_direct_convolution(channels, filters, side, stride):
     """Norm of the error, relative: of the output and of both gradients, against float64."""
-    if not winograd.fits((5, channels, side, side), channels, 1):
-        pytest.skip(f"{channels} channels do not fill vectors of {vectors.name()}")
+    if not winograd.fits((5, channels, side, side), filters, stride):
+        pytest.skip(f"{channels} and {filters} channels do not fill vectors of {vectors.name()}")
     rng = np.random.default_rng(channels + side)
-    shape = 5, side, side, channels
-    x, g = (rng.standard_normal(shape).astype("f") for _ in range(2))
-    w = rng.standard_normal((channels, channels, 3, 3)).astype("f")
-    convolution = winograd.Convolution((5, channels, side, side), threads=2)
-    y, gx, gw = np.empty_like(x), np.empty_like(x), np.empty_like(w)
+    x = rng.standard_normal((5, side, side, channels)).astype("f")
+    g = rng.standard_normal((5, side // stride, side // stride, filters)).astype("f")
+    w = rng.standard_normal((filters, channels, 3, 3)).astype("f")
+    convolution = winograd.Convolution((5, channels, side, side), filters, stride, threads=2)
+    y, gx = np.empty_like(g), np.empty_like(x)
     none, no_rows = np.empty((0, 0), "f"), np.empty((0, 0, 0), "f")
     convolution.convolve(rows(x), none, no_rows, no_rows, w, rows(y))
-    width = rows(x).shape[2]
-    same = np.repeat(np.array([[1], [0], [0]], "f"), width, axis=1)  # g is the gradient of y
-    convolution.gradients(
-        rows(g), rows(y), same, rows(x), none, no_rows, w, gw, rows(gx), adds=False
-    )
+    gw = gradients(convolution, x, g, w, gx)
     tensors = [torch.tensor(a).double().requires_grad_() for a in (x.transpose(0, 3, 1, 2), w)]
-    expected = torch.conv2d(*tensors, padding=1)
+    expected = torch.conv2d(*tensors, stride=stride, padding=1)
     expected.backward(torch.tensor(g.transpose(0, 3, 1, 2)).double())
     found = y.transpose(0, 3, 1, 2), gx.transpose(0, 3, 1, 2), gw
     for ours, exact in zip(found, (expected, *(t.grad for t in tensors)), strict=True):
@@ -61,20 +62,29 @@ def test_rounding_is_a_few_times_that_of_a_direct_convolution(channels, side):
         assert np.linalg.norm(ours - exact) < 2e-6 * np.linalg.norm(exact)
 
 
-def test_gradients_are_added_to_what_is_there():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_are_added_to_what_is_there(stride):
     rng = np.random.default_rng(0)
-    x, g, before = (rng.standard_normal((3, 8, 8, 64)).astype("f") for _ in range(3))
+    x, before = (rng.standard_normal((3, 8, 8, 64)).astype("f") for _ in range(2))
+    g = rng.standard_normal((3, 8 // stride, 8 // stride, 64)).astype("f")
     w = rng.standard_normal((64, 64, 3, 3)).astype("f")
-    convolution = winograd.Convolution((3, 64, 8, 8), threads=2)
-    none, no_rows = np.empty((0, 0), "f"), np.empty((0, 0, 0), "f")
-    same = np.repeat(np.array([[1], [0], [0]], "f"), rows(x).shape[2], axis=1)
-    results = []
-    for adds in (False, True):
-        gx = before.copy()
-        arguments = rows(g), rows(x), same, rows(x), none, no_rows, w, np.empty_like(w), rows(gx)
-        convolution.gradients(*arguments, adds=adds)
-        results.append(gx)
+    convolution = winograd.Convolution((3, 64, 8, 8), 64, stride, threads=2)
+    results = [before.copy(), before.copy()]
+    for adds, gx in enumerate(results):
+        gradients(convolution, x, g, w, gx, bool(adds))
     np.testing.assert_allclose(results[1], results[0] + before, rtol=1e-5, atol=1e-5)
+
+
+def test_other_shapes_are_left_to_a_direct_convolution():
+    for shape, filters, stride in [
+        ((5, 3, 32, 32), 16, 1),  # channels fill no vector
+        ((5, 16, 32, 32), 24 if vectors.lanes() == 16 else 12, 1),
+        ((5, 16, 30, 30), 16, 1),  # no tiles of four
+        ((5, 16, 12, 12), 16, 2),  # of eight
+        ((5, 16, 32, 16), 16, 1),
+        ((5, 16, 32, 32), 16, 4),
+    ]:
+        assert not winograd.fits(shape, filters, stride)
 
 
 def assembly(register, build):
@@ -92,9 +102,9 @@ def test_products_keep_their_sums_in_registers_and_fuse_multiplication_and_addit
 ):
     def product(module, lanes):
         code = vectors.Code(module, "product", lanes)
-        steps = winograd.Steps(code, channels, 8, winograd.TILES)
+        steps = winograd.Steps(code, points=6, across=2, tiles=winograd.TILES)
         a, b, out, _, count, *_ = code.function.args
-        steps.product(a, channels, 1, b, out, steps.tiles, count, adds=True)
+        steps.product(a, channels, 1, b, out, steps.tiles, count, channels, adds=True)
         code.builder.ret_void()
 
     text = assembly(register, product)
@@ -104,10 +114,15 @@ def test_products_keep_their_sums_in_registers_and_fuse_multiplication_and_addit
     assert not re.findall(rf"v(mul|add)ps.*%{register}", text)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("register", PROCESSORS)
-def test_the_transforms_use_the_widest_vectors(register):
+def test_the_transforms_use_the_widest_vectors(register, stride):
+    x, y = winograd.Images(32, 16, 4 * stride), winograd.Images(64, 16 // stride, 4)
+    form = transforms.FORMS[stride]
+
     def whole(module, lanes):
-        winograd.convolve(vectors.Code(module, "convolve", lanes), 32, 16, adds=False)
+        code = vectors.Code(module, "convolve", lanes)
+        winograd.convolve(code, form, x, y, backward=False, adds=False)
 
     text = assembly(register, whole)
     counts = {

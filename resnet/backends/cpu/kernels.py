@@ -438,40 +438,40 @@ def _address(x, i):
 
 @_inline
 def _filters_to_points(function, w, backward, g, u):
-    """u = the filters w at the points, (36, C, C); of the turned ones if it goes ``backward``.
+    """u = the filters w at their points; of the turned ones if it goes ``backward``.
 
     Args:
         function: Address of the code.
-        w: (C, C, 9).
-        g: Working memory, (9, C, C).
+        w: (K, C, 9).
+        g: Working memory, (9, C, K), or (9, K, C) backward.
     """
-    channels = len(w)
-    for a in range(channels):
-        for b in range(channels):
+    filters, channels, _ = w.shape
+    for k in range(filters):
+        for c in range(channels):
             for p in range(9):
                 if backward:
-                    g[8 - p, a, b] = w[a, b, p]
+                    g[8 - p, k, c] = w[k, c, p]
                 else:
-                    g[p, b, a] = w[a, b, p]
-    _run(function, g, u, u, u, channels * channels, NOTHING_AHEAD)
+                    g[p, c, k] = w[k, c, p]
+    _run(function, g, u, u, u, filters * channels, NOTHING_AHEAD)
 
 
 @_compile
 def filters_from_points(tiles, gw):
-    """gw = the gradient of the filters, (C, C, 9), from the sums of the parts at the points."""
+    """gw = the gradient of the filters, (K, C, 9), from the sums of the parts at the points."""
     from_points, sums, filters = tiles.code.from_points, tiles.sums, tiles.filters
-    channels = len(gw)
+    count, channels, _ = gw.shape
     for first in numba.prange(channels // SLICE):
         some = slice(first * SLICE, (first + 1) * SLICE)
         for k in range(1, len(sums)):
             for point in range(sums.shape[1]):
                 _add(sums[k, point, some], sums[0, point, some])
         total, g = sums[0, 0, some], filters[0, some]
-        _run(from_points, total, g, total, total, SLICE * channels, NOTHING_AHEAD)
+        _run(from_points, total, g, total, total, SLICE * count, NOTHING_AHEAD)
         for p in range(9):
             g = filters[p, some]
             for c in range(SLICE):
-                for k in range(channels):
+                for k in range(count):
                     gw[k, first * SLICE + c, p] = g[c, k]
 
 
@@ -479,14 +479,14 @@ def filters_from_points(tiles, gw):
 def convolve_by_tiles(tiles, x, normalization, shortcut, out, w, h):
     """As ``convolve``, by ``winograd.Tiles``, a group of images after the other."""
     images, group = tiles.images, tiles.group
-    u, padded, points = tiles.u, tiles.padded, tiles.points
+    u, padded, points = tiles.u, tiles.read, tiles.points
     count = (len(x) + images - 1) // images
     parts = np.zeros((count, 2, h.shape[2]), np.float64)
     _filters_to_points(tiles.code.to_points, w, False, tiles.filters, u)
-    forward = tiles.code.convolve
+    forward = tiles.code.forward
     for k in numba.prange(count):
         thread = numba.get_thread_id()
-        read = padded[thread, 0]
+        read = padded[thread]
         end = min((k + 1) * images, len(x))
         seen = 0
         for begin in range(k * images, end, group):
@@ -508,18 +508,19 @@ def convolve_backward_by_tiles(tiles, g, h, coefficients, x, normalization, out,
     Of that ``tiles.sums`` are written, for ``filters_from_points``.
     """
     images, group = tiles.images, tiles.group
-    u, padded, points = tiles.u, tiles.padded, tiles.points
+    u, points = tiles.u, tiles.points
+    read_of, gradient_of = tiles.read, tiles.gradient  # each thread
     count = (len(x) + images - 1) // images
     parts = np.zeros((count, 2, x.shape[2]), np.float64)
-    _filters_to_points(tiles.code.to_points, w, True, tiles.filters, u)
-    data = tiles.code.convolve_more if adds else tiles.code.convolve
+    _filters_to_points(tiles.code.to_points, w, True, tiles.turned, u)
+    data = tiles.code.backward_more if adds else tiles.code.backward
     filters, sums = tiles.code.gradient, tiles.sums
     source, before = x, normalization
     if len(out):
         source, before = out, normalization[:0]
     for k in numba.prange(count):
         thread = numba.get_thread_id()
-        read, gradient = padded[thread, 0], padded[thread, 1]
+        read, gradient = read_of[thread], gradient_of[thread]
         sums[k] = 0
         end = min((k + 1) * images, len(x))
         for begin in range(k * images, end, group):

@@ -94,7 +94,7 @@ class OneDNN(Fused):
     def prepare(self, shape: tuple[int, ...], channels: int, stride: int):
         """What computes ``channels`` filters on (N, C, H, W)."""
         if self.by_tiles and winograd.fits(shape, channels, stride):
-            return winograd.convolution(shape, threads())
+            return winograd.convolution(shape, channels, stride, threads())
         return primitives.convolution(shape, channels, stride, threads())
 
     def convolve(self, x, W, stride: int):
