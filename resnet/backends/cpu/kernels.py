@@ -446,12 +446,15 @@ def _filters_to_points(function, w, backward, g, u):
         g: Working memory, (9, C, K), or (9, K, C) backward.
     """
     filters, channels, _ = w.shape
-    for k in range(filters):
-        for c in range(channels):
-            for p in range(9):
-                if backward:
+    if backward:
+        for k in range(filters):
+            for c in range(channels):
+                for p in range(9):
                     g[8 - p, k, c] = w[k, c, p]
-                else:
+    else:
+        for c in range(channels):
+            for k in range(filters):
+                for p in range(9):
                     g[p, c, k] = w[k, c, p]
     _run(function, g, u, u, u, filters * channels, NOTHING_AHEAD)
 
@@ -468,11 +471,10 @@ def filters_from_points(tiles, gw):
                 _add(sums[k, point, some], sums[0, point, some])
         total, g = sums[0, 0, some], filters[0, some]
         _run(from_points, total, g, total, total, SLICE * count, NOTHING_AHEAD)
-        for p in range(9):
-            g = filters[p, some]
-            for c in range(SLICE):
-                for k in range(count):
-                    gw[k, first * SLICE + c, p] = g[c, k]
+        for k in range(count):
+            for c in range(first * SLICE, (first + 1) * SLICE):
+                for p in range(9):
+                    gw[k, c, p] = filters[p, c, k]
 
 
 @_compile
