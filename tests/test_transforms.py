@@ -17,13 +17,21 @@ def filters(form, g):
     return kinds[np.minimum(np.arange(len(form.read)), len(kinds) - 1)]
 
 
+def test_the_transforms_are_those_of_a_correlation():
+    """A^T [(G g) * (B^T d)] has the four values of a filter of three over six inputs."""
+    rng = np.random.default_rng(0)
+    d, g = rng.standard_normal(6), rng.standard_normal(3)
+    y = FORMS[1].write.T @ ((FORMS[1].filters @ g) * (FORMS[1].read @ d))
+    np.testing.assert_allclose(y, np.correlate(d, g, "valid"), rtol=1e-12)
+
+
 @pytest.mark.parametrize("taps", [2, 3, 4])
 def test_a_filter_of_some_taps_takes_one_product_less_than_outputs_and_taps(taps, rng):
     points = [0, 1, -1, 2, -2, 0.5, -0.5][: TILE + taps - 2]
     a, g, bt = matrices(points, taps)
     x, w = rng.standard_normal(TILE + taps - 1), rng.standard_normal(taps)
     assert len(a) == len(g) == len(bt) == len(x)
-    np.testing.assert_allclose(a.T @ ((g @ w) * (bt @ x)), np.correlate(x, w, "valid"), rtol=1e-9)
+    np.testing.assert_allclose(a.T @ ((g @ w) * (bt @ x)), np.correlate(x, w, "valid"), rtol=1e-12)
 
 
 @pytest.mark.parametrize(("stride", "products"), [(1, 6), (2, 9)])
@@ -32,7 +40,7 @@ def test_four_outputs_are_those_of_a_correlation(stride, products, rng):
     x, g = rng.standard_normal(form.read.shape[1]), rng.standard_normal(3)
     y = form.write.T @ (filters(form, g) * (form.read @ x))
     assert len(form.read) == products
-    np.testing.assert_allclose(y, np.correlate(x, g, "valid")[::stride], rtol=1e-9)
+    np.testing.assert_allclose(y, np.correlate(x, g, "valid")[::stride], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("stride", FORMS)
@@ -43,7 +51,7 @@ def test_the_gradient_of_the_filter_is_that_of_the_correlation(stride, rng):
     at_points = (form.read @ x) * (form.read_gradient @ [1e9, *gy])  # the pixel before: nothing
     np.add.at(sums, np.minimum(np.arange(len(at_points)), len(sums) - 1), at_points)
     expected = [gy @ x[k : k + stride * TILE : stride] for k in range(3)]
-    np.testing.assert_allclose(form.filters.T @ sums, expected, rtol=1e-9)
+    np.testing.assert_allclose(form.filters.T @ sums, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("stride", FORMS)
@@ -59,7 +67,7 @@ def test_the_gradient_of_the_input_is_that_of_the_correlation(stride, rng):
             if 0 <= pixel < len(gx):
                 expected[pixel] += value * g[tap]
     assert len(gx) == stride * TILE
-    np.testing.assert_allclose(gx, expected, rtol=1e-9)
+    np.testing.assert_allclose(gx, expected, rtol=1e-12, atol=1e-12)
 
 
 MATRICES = [
@@ -72,13 +80,13 @@ MATRICES = [
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_going_to_the_points_is_a_product_with_the_matrix(matrix, rng):
     x = rng.standard_normal(matrix.shape[1])
-    np.testing.assert_allclose(to_points(matrix, x), matrix @ x, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(to_points(matrix, x), matrix @ x, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("matrix", [m for m in MATRICES if not m.id.startswith("read")])
 def test_coming_back_is_a_product_with_the_transposed_matrix(matrix, rng):
     m = rng.standard_normal(len(matrix))
-    np.testing.assert_allclose(from_points(matrix, m), matrix.T @ m, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(from_points(matrix, m), matrix.T @ m, rtol=1e-12, atol=1e-12)
 
 
 class Counted:

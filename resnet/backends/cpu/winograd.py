@@ -330,7 +330,7 @@ class Convolution:
         form = FORMS[stride]
         kinds, points = len(form.filters) ** 2, len(form.read) ** 2
         weights = kernels.empty((9, c, channels))
-        tiles = GRADIENT_TILES + small // TILE  # no block has more
+        tiles = max(TILES, GRADIENT_TILES) + small // TILE  # no block has more
         self.tiles = Tiles(
             self.images,
             group,
