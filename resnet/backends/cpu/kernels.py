@@ -518,8 +518,9 @@ def convolve_backward_by_tiles(tiles, g, h, coefficients, x, normalization, out,
     data = tiles.code.backward_more if adds else tiles.code.backward
     filters, sums = tiles.code.gradient, tiles.sums
     source, before = x, normalization
+    unread = x[:0]  # until sums over it are taken
     if len(out):
-        source, before = out, normalization[:0]
+        source, before, unread = out, normalization[:0], x
     for k in numba.prange(count):
         thread = numba.get_thread_id()
         read, gradient = read_of[thread], gradient_of[thread]
@@ -534,7 +535,8 @@ def convolve_backward_by_tiles(tiles, g, h, coefficients, x, normalization, out,
             ahead = _address(g, after), _address(h, after), _address(source, after)
             _run(filters, read, gradient, sums[k], points[thread], len(xs), ahead)
             if len(gx):
-                _run(data, gradient, u, gs, points[thread], len(xs), NOTHING_AHEAD)
+                ahead = _address(unread, begin), 0, 0
+                _run(data, gradient, u, gs, points[thread], len(xs), ahead)
                 if len(normalization):
                     if len(out):
                         _mask(_flat(gs), _flat(out[some]))

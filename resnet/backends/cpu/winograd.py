@@ -181,9 +181,11 @@ def convolve(code: Code, form: Form, x: Images, y: Images, backward: bool, adds:
 
     With ``backward``, y is the gradient of the input, and x that of the output. Filters are
     matrices of x's channels by y's, one for each of their points. While the processor computes,
-    memory is fetched: the lines of y, and of up to three arrays of x's shape (see ``kernels``).
+    memory is fetched: the lines of y, and of up to three arrays of the input's shape (see
+    ``kernels``).
     """
     read, write = (form.read_back, form.write_back) if backward else (form.read, form.write)
+    layer_input = y if backward else x
     source, u, target, points, images, *ahead = code.function.args
     steps = Steps(code, len(read), y.side // y.tile, TILES)
     sizes = steps.step(x.channels), steps.step(y.channels)
@@ -193,7 +195,7 @@ def convolve(code: Code, form: Form, x: Images, y: Images, backward: bool, adds:
         with steps.each_point(form) as (point, kind):
             steps.fetch(target, y, row, point, to_write=True)
             for each in ahead:
-                steps.fetch(each, x, row, point)
+                steps.fetch(each, layer_input, row, point)
             a, out = code.at(points, (point, sizes[0])), code.at(products, (point, sizes[1]))
             b = code.at(u, (kind, x.channels * y.channels))
             steps.product(a, x.channels, 1, b, out, steps.tiles, x.channels, y.channels, adds=False)
