@@ -62,6 +62,25 @@ def test_rounding_is_a_few_times_that_of_a_direct_convolution(channels, filters,
         assert np.linalg.norm(ours - exact) < 2e-6 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize(("channels", "side", "stride"), [(16, 32, 1), (32, 16, 1), (32, 16, 2)])
+def test_rounding_of_the_filters_gradient_over_many_images_of_what_a_relu_leaves(
+    channels, side, stride
+):
+    """The mean of what is positive goes through all points, and cancels in sums over tiles."""
+    rng = np.random.default_rng(channels + stride)
+    small, filters = side // stride, channels * stride
+    x = np.maximum(rng.standard_normal((64, side, side, channels)), 0).astype("f")
+    g = rng.standard_normal((64, small, small, filters)).astype("f")
+    w = rng.standard_normal((filters, channels, 3, 3)).astype("f")
+    convolution = winograd.Convolution((64, channels, side, side), filters, stride, threads=2)
+    found = gradients(convolution, x, g, w, np.empty_like(x))
+    weight = torch.tensor(w).double().requires_grad_()
+    images, gy = (torch.tensor(a.transpose(0, 3, 1, 2)).double() for a in (x, g))
+    torch.conv2d(images, weight, stride=stride, padding=1).backward(gy)
+    exact = weight.grad.numpy()
+    assert np.linalg.norm(found - exact) < 4e-6 * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_are_added_to_what_is_there(stride):
     rng = np.random.default_rng(0)
@@ -101,9 +120,9 @@ def test_products_keep_their_sums_in_registers_and_fuse_multiplication_and_addit
     register, channels
 ):
     def product(module, lanes):
-        code = vectors.Code(module, "product", lanes)
-        steps = winograd.Steps(code, points=6, across=2, tiles=winograd.TILES)
-        a, b, out, _, count, *_ = code.function.args
+        code = vectors.Code(module, "product", lanes, pointers=3)
+        steps = winograd.Steps(code, points=6, across=2)
+        a, b, out, count = code.function.args
         steps.product(a, channels, 1, b, out, steps.tiles, count, channels, adds=True)
         code.builder.ret_void()
 
@@ -121,8 +140,8 @@ def test_the_transforms_use_the_widest_vectors(register, stride):
     form = transforms.FORMS[stride]
 
     def whole(module, lanes):
-        code = vectors.Code(module, "convolve", lanes)
-        winograd.convolve(code, form, x, y, backward=False, adds=False)
+        code = vectors.Code(module, "forward", lanes, pointers=4, ahead=3)
+        winograd.forward(code, form, x, y)
 
     text = assembly(register, whole)
     counts = {

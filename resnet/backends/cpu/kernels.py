@@ -27,7 +27,6 @@ CHUNK = 64  # rows; float32 sums stay short, float64 sums few
 COLUMNS = 1024  # values of a row that a thread sums
 LINE = 16  # floats of a cache line
 SLICE = 8  # channels of whose filters a thread sums the gradients
-NOTHING_AHEAD = 0, 0, 0  # addresses of no arrays
 # Loops of numba.prange and no others: to wake a thread takes longer than to fill a small array.
 _OTHERS = "comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"
 _PARALLEL = ParallelOptions({**dict.fromkeys(_OTHERS, False), "prange": True})
@@ -55,28 +54,32 @@ CALL = np.dtype(
 
 
 @intrinsic
-def _run(typing, function, a, b, c, memory, count, ahead):
+def _run(typing, function, arrays, count, ahead):
     """The function of ``winograd.Functions`` at the address ``function``, on arrays.
 
     ``ahead`` are the addresses, or 0, of arrays that are fetched meanwhile.
     """
 
     def generate(context, builder, signature, arguments):
-        address, *arrays, count, ahead = arguments
-        data = [
-            context.make_array(kind)(context, builder, array).data
-            for kind, array in zip(signature.args[1:5], arrays, strict=True)
-        ]
+        address, arrays, count, ahead = arguments
         pointers = [
-            builder.inttoptr(each, data[0].type) for each in cgutils.unpack_tuple(builder, ahead)
+            context.make_array(kind)(context, builder, array).data
+            for kind, array in zip(
+                signature.args[1], cgutils.unpack_tuple(builder, arrays), strict=True
+            )
         ]
-        values = [*data, count, *pointers]
+        fetched = [
+            builder.inttoptr(each, pointers[0].type)
+            for each in cgutils.unpack_tuple(builder, ahead)
+        ]
+        values = [*pointers, count, *fetched]
         kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
         builder.call(builder.inttoptr(address, kind.as_pointer()), values)
         return context.get_dummy_value()
 
-    three = types.UniTuple(types.int64, 3)
-    return types.void(types.int64, a, b, c, memory, types.int64, three), generate
+    if len(ahead):
+        ahead = types.UniTuple(types.int64, len(ahead))
+    return types.void(types.int64, arrays, types.int64, ahead), generate
 
 
 def empty(shape):
@@ -233,15 +236,6 @@ def _mask(g, y):
     for i in range(rows):
         for c in range(channels):
             g[i, c] = np.float32(0) if y[i, c] <= 0 else g[i, c]
-
-
-@_inline
-def _mask_normalized(g, x, scale, shift):
-    """g = 0 where BN(x) is not above 0, in place."""
-    rows, channels = x.shape
-    for i in range(rows):
-        for c in range(channels):
-            g[i, c] = np.float32(0) if x[i, c] * scale[c] + shift[c] <= 0 else g[i, c]
 
 
 @_inline
@@ -456,12 +450,15 @@ def _filters_to_points(function, w, backward, g, u):
             for k in range(filters):
                 for p in range(9):
                     g[p, c, k] = w[k, c, p]
-    _run(function, g, u, u, u, filters * channels, NOTHING_AHEAD)
+    _run(function, (g, u), filters * channels, ())
 
 
 @_compile
 def filters_from_points(tiles, gw):
-    """gw = the gradient of the filters, (K, C, 9), from the sums of the parts at the points."""
+    """gw = the gradient of the filters, (K, C, 9), from the sums of the parts at the points.
+
+    These are those of the filters turned by 180 degrees.
+    """
     from_points, sums, filters = tiles.code.from_points, tiles.sums, tiles.filters
     count, channels, _ = gw.shape
     for first in numba.prange(channels // SLICE):
@@ -470,11 +467,11 @@ def filters_from_points(tiles, gw):
             for point in range(sums.shape[1]):
                 _add(sums[k, point, some], sums[0, point, some])
         total, g = sums[0, 0, some], filters[0, some]
-        _run(from_points, total, g, total, total, SLICE * count, NOTHING_AHEAD)
+        _run(from_points, (total, g), SLICE * count, ())
         for k in range(count):
             for c in range(first * SLICE, (first + 1) * SLICE):
                 for p in range(9):
-                    gw[k, c, p] = filters[p, c, k]
+                    gw[k, c, p] = filters[8 - p, c, k]
 
 
 @_compile
@@ -497,7 +494,7 @@ def convolve_by_tiles(tiles, x, normalization, shortcut, out, w, h):
             hs = h[some]
             after = begin + group  # what is read and written next: memory is slower than products
             ahead = _address(x, after), _address(shortcut, after), _address(out, after)
-            _run(forward, read, u, hs, points[thread], len(hs), ahead)
+            _run(forward, (read, u, hs, points[thread]), len(hs), ahead)
             _moments(_flat(hs), seen, parts[k])
             seen += len(hs) * hs.shape[1]
     return parts
@@ -505,44 +502,42 @@ def convolve_by_tiles(tiles, x, normalization, shortcut, out, w, h):
 
 @_compile
 def convolve_backward_by_tiles(tiles, g, h, coefficients, x, normalization, out, w, gx, adds):
-    """As ``convolve_backward``, but for the gradient of the filters.
+    """As ``convolve_backward``, but gx is always written, and the filters' gradient is not.
 
     Of that ``tiles.sums`` are written, for ``filters_from_points``.
     """
     images, group = tiles.images, tiles.group
     u, points = tiles.u, tiles.points
-    read_of, gradient_of = tiles.read, tiles.gradient  # each thread
+    read_of, gradient_of = tiles.plain, tiles.gradient  # each thread
     count = (len(x) + images - 1) // images
     parts = np.zeros((count, 2, x.shape[2]), np.float64)
     _filters_to_points(tiles.code.to_points, w, True, tiles.turned, u)
-    data = tiles.code.backward_more if adds else tiles.code.backward
-    filters, sums = tiles.code.gradient, tiles.sums
-    source, before = x, normalization
-    unread = x[:0]  # until sums over it are taken
+    backward = tiles.code.backward_more if adds else tiles.code.backward
+    sums = tiles.sums
+    kept, unread = x, x[:0]  # what is read first, and what only the sums are taken over
     if len(out):
-        source, before, unread = out, normalization[:0], x
+        kept, unread = out, x
     for k in numba.prange(count):
         thread = numba.get_thread_id()
-        read, gradient = read_of[thread], gradient_of[thread]
+        gradient = gradient_of[thread]
         sums[k] = 0
         end = min((k + 1) * images, len(x))
         for begin in range(k * images, end, group):
             some = slice(begin, min(begin + group, end))
-            xs, gs = x[some], gx[some]
-            _enter(source[some], before, x[:0], x[:0], read)
+            xs, gxs = _flat(x[some]), _flat(gx[some])
+            source = _flat(kept[some])
+            if len(normalization) and not len(out):
+                source = _view(read_of[thread], xs.shape[0], xs.shape[1])
+                _scale_shift_relu(xs, normalization[0], normalization[1], source)
             _enter_gradient(g[some], h[some], coefficients, gradient)
+            arrays = source, gradient, u, sums[k], gxs, points[thread]
             after = begin + group
-            ahead = _address(g, after), _address(h, after), _address(source, after)
-            _run(filters, read, gradient, sums[k], points[thread], len(xs), ahead)
-            if len(gx):
-                ahead = _address(unread, begin), 0, 0
-                _run(data, gradient, u, gs, points[thread], len(xs), ahead)
-                if len(normalization):
-                    if len(out):
-                        _mask(_flat(gs), _flat(out[some]))
-                    else:
-                        _mask_normalized(_flat(gs), _flat(xs), normalization[0], normalization[1])
-                    _add_sums(_flat(xs), _flat(gs), normalization[2], parts[k])
+            of_y = _address(g, after), _address(h, after)
+            of_x = _address(kept, after), _address(unread, begin)
+            _run(backward, arrays, len(x[some]), of_y + of_x)
+            if len(normalization):
+                _mask(gxs, source)
+                _add_sums(xs, gxs, normalization[2], parts[k])
     return parts
 
 

@@ -44,19 +44,14 @@ def matrices(points: Sequence[float], taps: int) -> tuple[np.ndarray, np.ndarray
 class Form(NamedTuple):
     """The matrices of a convolution, a row for each point.
 
-    A tile that is read begins with the pixel before its first.
+    A tile that ``read`` and ``read_back`` are for begins with the pixel before its first.
     """
 
     filters: np.ndarray  # G; points beyond its last row have the filter of that
     read: np.ndarray  # B^T
     write: np.ndarray  # A
-    read_back: np.ndarray  # B^T and A for the gradient of the input; the filters are turned by
-    write_back: np.ndarray  # 180 degrees, and G is the same
-
-    @property
-    def read_gradient(self) -> np.ndarray:
-        """A for a tile of the output's gradient."""
-        return np.pad(self.write, ((0, 0), (1, 0)))
+    read_back: np.ndarray  # B^T and A for both gradients; the filters are turned by 180 degrees,
+    write_back: np.ndarray  # and G is the same
 
 
 def stride_1() -> Form:

@@ -49,13 +49,15 @@ class Vector:
 
 
 class Code:
-    """A function of four pointers to floats, a number and three more pointers, in the making.
+    """A function of pointers to floats, a number and ``ahead`` more pointers, in the making.
 
     Places are counted in floats, as sums of numbers and of (number, factor) pairs.
     """
 
-    def __init__(self, module: ir.Module, name: str, lanes: int) -> None:
-        kind = ir.FunctionType(ir.VoidType(), [POINTER] * 4 + [WORD] + [POINTER] * 3)
+    def __init__(
+        self, module: ir.Module, name: str, lanes: int, pointers: int, ahead: int = 0
+    ) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [POINTER] * pointers + [WORD] + [POINTER] * ahead)
         self.function = ir.Function(module, kind, name)
         self.builder = ir.IRBuilder(self.function.append_basic_block())
         self.lanes, self.vector = lanes, ir.VectorType(FLOAT, lanes)

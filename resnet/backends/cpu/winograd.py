@@ -6,8 +6,8 @@ A tile of 4 x 4 outputs of a 3x3 convolution is (Lavin and Gray, 2015)
 
 of a tile d of 6 x 6 inputs and the filter g: 36 products instead of 144. Summed over channels, each
 of the 36 is a product of matrices, tiles by channels and channels by channels. The gradient of the
-input is such a convolution, too; that of the filter is G^T [(B^T d B) * (A dY A^T)] G, summed over
-the tiles.
+input is such a convolution, too, of tiles dY of 6 x 6 with the turned filter; the gradient of that
+filter is G^T [(A d A^T) * (B^T dY B)] G, of tiles d of 4 x 4, summed over these.
 
 With stride 2 a tile of 9 x 9 inputs takes 81 products instead of 144; the formulas are the same.
 
@@ -30,7 +30,7 @@ from resnet.backends.cpu import kernels, transforms, vectors
 from resnet.backends.cpu.transforms import FORMS, TILE, Form, from_points, to_points
 from resnet.backends.cpu.vectors import LINE, WORD, Code, Vector
 
-TILES, GRADIENT_TILES = 8, 16  # that go through all steps together, in the cache
+TILES = 8  # that go through all steps together, in the cache; see ``Steps``
 GROUP = 1 << 16  # bytes of images whose passes before and after are taken together
 PART = 1 << 19  # bytes of images whose gradients of the filters are summed together
 GAP = 16  # floats between the points' matrices: else their addresses share a set of the cache
@@ -60,24 +60,35 @@ class Images(NamedTuple):
     channels: int
     side: int
     tile: int
+    border: int = 0  # of zeros around each of them
 
     @property
-    def line(self) -> int:
-        """Floats of a row of tiles."""
+    def row(self) -> int:
+        """Floats of a row of pixels."""
+        return (self.side + 2 * self.border) * self.channels
+
+    @property
+    def inner(self) -> int:
+        """Floats of a row of tiles, without a border."""
         return self.tile * self.side * self.channels
+
+
+def tiles_of_a_block(channels: int) -> int:
+    return max(TILES, channels // 4)
 
 
 class Steps:
     """The steps of a convolution at ``points`` x ``points`` points, a block of tiles each.
 
-    A block is ``some`` rows of tiles from ``row`` on, counted through all images. Images that are
-    read have a border of zeros. What is at the points are matrices of tiles by channels.
+    A block is ``some`` rows of tiles from ``row`` on, counted through all images. What is at the
+    points are matrices of tiles by channels. The more ``channels``, the more tiles have to share
+    what is read of the filters.
     """
 
-    def __init__(self, code: Code, points: int, across: int, tiles: int) -> None:
+    def __init__(self, code: Code, points: int, across: int, channels: int = 0) -> None:
         self.code, self.points = code, points
         self.across = across  # tiles of a row
-        self.rows = max(1, tiles // across)  # of a block
+        self.rows = max(1, tiles_of_a_block(channels) // across)  # of a block
         self.height = 8 if code.lanes == 16 else 4  # rows of a product that stay in registers
         self.tiles = -(-self.rows * across // self.height) * self.height  # room for them
 
@@ -103,59 +114,58 @@ class Steps:
             yield code.sum((i, self.points), j), code.sum(*kind)
 
     @contextlib.contextmanager
-    def _tiles(self, some, points, channels: int):
-        """For each row, tile in it and vector of channels: these, and the place at a point."""
-        code = self.code
-        parts = channels // code.lanes
+    def _tiles(self, x, images: Images, row, some, points):
+        """For each tile and vector of channels: its places in x, and at a point."""
+        code, width = self.code, images.channels
+        parts = width // code.lanes
         with code.loop(some) as i, code.loop(self.across) as j, code.loop(parts) as part:
-            k = code.sum((part, code.lanes))
-            yield i, j, k, code.at(points, (i, self.across * channels), (j, channels), k)
+            number, k = code.sum(row, i), code.sum((part, code.lanes))
+            image, above = (divide(number, WORD(self.across))
+                            for divide in (code.builder.udiv, code.builder.urem))  # fmt: skip
+            pixels = images.side + 2 * images.border
+            tile = (image, pixels * images.row), (above, images.tile * images.row)
+            place = code.at(x, *tile, (j, images.tile * width), k)
+            yield place, code.at(points, (i, self.across * width), (j, width), k)
 
     def fetch(self, x, images: Images, row, point, to_write: bool = False) -> None:
         """Have a share of the block's lines of x brought into the cache, unless x is null."""
         code = self.code
-        share = -(-self.rows * images.line // LINE // self.points**2)
+        share = -(-self.rows * images.inner // LINE // self.points**2)
         nothing = code.builder.icmp_unsigned("==", x, ir.Constant(x.type, None))
         with code.loop(code.builder.select(nothing, WORD(0), WORD(share))) as i:
-            line = code.at(x, (row, images.line), (point, share * LINE), (i, LINE))
+            line = code.at(x, (row, images.inner), (point, share * LINE), (i, LINE))
             code.prefetch(line, to_write)
 
     def read(self, x, images: Images, row, some, points, matrix: np.ndarray) -> None:
         """points = the transform by ``matrix`` of tiles of x."""
-        code, width, tile = self.code, images.channels, images.tile
-        line = (images.side + 2) * width  # floats of a row of pixels
-        steps = [each * self.step(width) for each in (self.points, 1)]
-        with self._tiles(some, points, width) as (i, j, k, target):
-            number = code.sum(row, i)
-            image, above = (divide(number, WORD(self.across))
-                            for divide in (code.builder.udiv, code.builder.urem))  # fmt: skip
-            corner = (image, (images.side + 2) * line), (above, tile * line), (j, tile * width)
-            source = code.at(x, *corner, k)
-            transform(code, to_points, matrix, len(matrix[0]), source, (line, width), target, steps)
+        steps = [each * self.step(images.channels) for each in (self.points, 1)]
+        pixel = images.row, images.channels
+        with self._tiles(x, images, row, some, points) as (source, target):
+            size = len(matrix[0])
+            transform(self.code, to_points, matrix, size, source, pixel, target, steps)
 
     def write(self, points, y, images: Images, row, some, matrix: np.ndarray, adds: bool) -> None:
         """y = the transform back of tiles at the points; with ``adds``, added to what is there."""
-        code, width = self.code, images.channels
-        steps = [each * self.step(width) for each in (self.points, 1)]
-        with self._tiles(some, points, width) as (i, j, k, source):
-            row_of_tiles = (row, images.line), (i, images.line)
-            target = code.at(y, *row_of_tiles, (j, images.tile * width), k)
-            to = images.side * width, width
-            transform(code, from_points, matrix, self.points, source, steps, target, to, adds)
+        steps = [each * self.step(images.channels) for each in (self.points, 1)]
+        pixel = images.row, images.channels
+        with self._tiles(y, images, row, some, points) as (target, source):
+            size = self.points
+            transform(self.code, from_points, matrix, size, source, steps, target, pixel, adds)
 
     def product(
-        self, a, row: int, step: int, b, out, rows: int, count, channels: int, adds: bool
+        self, a, row: int, step: int, b, out, rows, count, channels: int, adds: bool
     ) -> None:
         """out[r] = sum over k < count of a[r * row + k * step] b[k], for r < rows.
 
         ``b`` and ``out`` are matrices of ``channels`` columns. A few rows by one or two vectors of
-        the sums stay in registers. ``rows`` is a multiple of ``height``, ``count`` even if there is
-        an even number of tiles to a row.
+        the sums stay in registers, so up to ``height`` - 1 more rows are written. ``count`` is even
+        if there is an even number of tiles to a row.
         """
         code, builder = self.code, self.code.builder
         width = min(2 * code.lanes, channels)
         unroll = 2 - self.across % 2
-        with code.loop(rows // self.height) as i, code.loop(channels // width) as j:
+        blocks = builder.udiv(code.sum(rows, self.height - 1), WORD(self.height))
+        with code.loop(blocks) as i, code.loop(channels // width) as j:
             a = code.at(a, (i, self.height * row))
             b = code.at(b, (j, width))
             out = code.at(out, (i, self.height * channels), (j, width))
@@ -176,62 +186,66 @@ class Steps:
                 code.store(Vector(builder, builder.load(total)), out, r * channels + v)
 
 
-def convolve(code: Code, form: Form, x: Images, y: Images, backward: bool, adds: bool) -> None:
-    """y (+)= convolution of x: (x with borders, filters at the points, y, working memory, images).
+def forward(code: Code, form: Form, x: Images, y: Images) -> None:
+    """y = convolution of x: (x with a border, filters at the points, y, working memory, images).
 
-    With ``backward``, y is the gradient of the input, and x that of the output. Filters are
-    matrices of x's channels by y's, one for each of their points. While the processor computes,
-    memory is fetched: the lines of y, and of up to three arrays of the input's shape (see
-    ``kernels``).
+    Filters are matrices of x's channels by y's, one for each of their points. While the processor
+    computes, memory is fetched: the lines of y, and of three arrays of x's shape (see ``kernels``).
     """
-    read, write = (form.read_back, form.write_back) if backward else (form.read, form.write)
-    layer_input = y if backward else x
     source, u, target, points, images, *ahead = code.function.args
-    steps = Steps(code, len(read), y.side // y.tile, TILES)
+    steps = Steps(code, len(form.read), y.side // y.tile)
     sizes = steps.step(x.channels), steps.step(y.channels)
     products = code.at(points, steps.points**2 * sizes[0])
     with steps.blocks(images) as (row, some):
-        steps.read(source, x, row, some, points, read)
+        steps.read(source, x._replace(border=1), row, some, points, form.read)
+        tiles = code.sum((some, steps.across))
         with steps.each_point(form) as (point, kind):
             steps.fetch(target, y, row, point, to_write=True)
             for each in ahead:
-                steps.fetch(each, layer_input, row, point)
+                steps.fetch(each, x, row, point)
             a, out = code.at(points, (point, sizes[0])), code.at(products, (point, sizes[1]))
             b = code.at(u, (kind, x.channels * y.channels))
-            steps.product(a, x.channels, 1, b, out, steps.tiles, x.channels, y.channels, adds=False)
-        steps.write(products, target, y, row, some, write, adds)
+            steps.product(a, x.channels, 1, b, out, tiles, x.channels, y.channels, adds=False)
+        steps.write(products, target, y, row, some, form.write, adds=False)
     code.builder.ret_void()
 
 
-def gradient(code: Code, form: Form, x: Images, y: Images) -> None:
-    """Add the gradient of the filters at the points: (x, gradient of y, sums, memory, images).
+def backward(code: Code, form: Form, x: Images, y: Images, adds: bool) -> None:
+    """Both gradients: (x, that of y with a border, filters, sums, gx, working memory, images).
 
-    Both have borders. The sums are matrices of x's channels by y's. Fetched are up to two arrays of
-    y's shape and one of x's.
+    gx is a convolution of y's gradient with the filters, turned and exchanged: matrices of y's
+    channels by x's. With ``adds``, it is added to what is there. To the sums, matrices of x's
+    channels by y's, the gradient of the turned filters at their points is added. Fetched are the
+    lines of gx, and of two arrays of y's shape and two of x's.
     """
-    source, g, sums, points, images, *ahead = code.function.args
-    steps = Steps(code, len(form.read), y.side // y.tile, GRADIENT_TILES)
-    sizes = steps.step(x.channels), steps.step(y.channels)
-    others = code.at(points, steps.points**2 * sizes[0])
+    source, g, u, sums, target, points, images, *ahead = code.function.args
+    steps = Steps(code, len(form.read_back), y.side // y.tile, x.channels)
+    size, of_y = steps.step(x.channels), steps.step(y.channels)
+    gradients = code.at(points, steps.points**2 * size)
+    products = code.at(gradients, steps.points**2 * of_y)
     with steps.blocks(images) as (row, some):
-        steps.read(source, x, row, some, points, form.read)
-        steps.read(g, y, row, some, others, form.read_gradient)
+        steps.read(source, x, row, some, points, form.write_back)
+        steps.read(g, y._replace(border=1), row, some, gradients, form.read_back)
+        tiles = code.sum((some, steps.across))
         with steps.each_point(form) as (point, kind):
-            for each, of in zip(ahead, (y, y, x), strict=True):
+            steps.fetch(target, x, row, point, to_write=True)
+            for each, of in zip(ahead, (y, y, x, x), strict=True):
                 steps.fetch(each, of, row, point)
-            a, b = code.at(points, (point, sizes[0])), code.at(others, (point, sizes[1]))
-            out = code.at(sums, (kind, x.channels * y.channels))
-            tiles = code.sum((some, steps.across))
-            steps.product(a, 1, x.channels, b, out, x.channels, tiles, y.channels, adds=True)
+            a, b = code.at(points, (point, size)), code.at(gradients, (point, of_y))
+            turned, total = (code.at(each, (kind, x.channels * y.channels)) for each in (u, sums))
+            out = code.at(products, (point, size))
+            steps.product(b, y.channels, 1, turned, out, tiles, y.channels, x.channels, adds=False)
+            steps.product(a, 1, x.channels, b, total, x.channels, tiles, y.channels, adds=True)
+        steps.write(products, target, x, row, some, form.write_back, adds)
     code.builder.ret_void()
 
 
 def filters(code: Code, how, matrix: np.ndarray, size: int, result: int, floats: int) -> None:
-    """y = the transform of filters: (size^2 matrices x, result^2 matrices y, .., some, ..).
+    """y = the transform of filters: (size^2 matrices x, result^2 matrices y, some).
 
     u = G g G^T and g = G^T u G, of the first ``some`` of the ``floats`` of each matrix.
     """
-    x, y, _, _, some, *_ = code.function.args
+    x, y, some = code.function.args
     steps = [(side * floats, floats) for side in (size, result)]
     with code.loop(code.builder.udiv(some, WORD(code.lanes))) as i:
         source, target = (code.at(pointer, (i, code.lanes)) for pointer in (x, y))
@@ -254,7 +268,6 @@ class Functions(NamedTuple):
     forward: int
     backward: int
     backward_more: int
-    gradient: int
     to_points: int
     from_points: int
 
@@ -262,16 +275,14 @@ class Functions(NamedTuple):
 def build(shape: Shape, lanes: int) -> ir.Module:
     """``Functions`` for that shape."""
     module, form = ir.Module(), FORMS[shape.stride]
-    new = functools.partial(Code, module, lanes=lanes)
     x = Images(shape.channels, shape.side, TILE * shape.stride)
     y = Images(shape.filters, shape.side // shape.stride, TILE)
-    convolve(new("forward"), form, x, y, backward=False, adds=False)
-    convolve(new("backward"), form, y, x, backward=True, adds=False)
-    convolve(new("backward_more"), form, y, x, backward=True, adds=True)
-    gradient(new("gradient"), form, x, y)
+    forward(Code(module, "forward", lanes, 4, ahead=3), form, x, y)
+    backward(Code(module, "backward", lanes, 6, ahead=4), form, x, y, adds=False)
+    backward(Code(module, "backward_more", lanes, 6, ahead=4), form, x, y, adds=True)
     points, floats = len(form.filters), shape.channels * shape.filters
-    filters(new("to_points"), to_points, form.filters, 3, points, floats)
-    filters(new("from_points"), from_points, form.filters, points, 3, floats)
+    filters(Code(module, "to_points", lanes, 2), to_points, form.filters, 3, points, floats)
+    filters(Code(module, "from_points", lanes, 2), from_points, form.filters, points, 3, floats)
     return module
 
 
@@ -307,7 +318,8 @@ class Tiles(NamedTuple):
     u: np.ndarray  # the filters at their points, (36, C, K),
     sums: np.ndarray  # of their gradients for each part, (parts, 36, C, K),
     read: np.ndarray  # and of each thread: a group of images within borders of zeros,
-    gradient: np.ndarray  # one of gradients of the output,
+    plain: np.ndarray  # one without,
+    gradient: np.ndarray  # one of gradients of the output, within borders,
     points: np.ndarray  # and blocks of tiles at the points
 
 
@@ -332,7 +344,7 @@ class Convolution:
         form = FORMS[stride]
         kinds, points = len(form.filters) ** 2, len(form.read) ** 2
         weights = kernels.empty((9, c, channels))
-        tiles = max(TILES, GRADIENT_TILES) + small // TILE  # no block has more
+        tiles = tiles_of_a_block(c) + small // TILE + 7  # no block has more
         self.tiles = Tiles(
             self.images,
             group,
@@ -342,8 +354,9 @@ class Convolution:
             kernels.empty((kinds, c, channels)),
             kernels.empty((-(-n // self.images), kinds, c, channels)),
             _within_borders("read", c, side, group),
+            _memory(group * image // 4, "plain"),
             _within_borders("gradient", channels, small, group),
-            _memory(points * (tiles * (c + channels) + 2 * GAP)),
+            _memory(points * (tiles * (2 * c + channels) + 3 * GAP), "points"),
         )
 
     def convolve(self, x, normalization, shortcut, out, w, h) -> np.ndarray:
@@ -354,6 +367,7 @@ class Convolution:
     def gradients(self, g, h, coefficients, x, normalization, out, w, gw, gx, adds) -> np.ndarray:
         """As ``kernels.convolve_backward``."""
         w, gw = (each.reshape(*w.shape[:2], 9) for each in (np.ascontiguousarray(w), gw))
+        gx = gx if len(gx) else kernels.empty(x.shape)
         parts = kernels.convolve_backward_by_tiles(
             self.tiles, g, h, coefficients, x, normalization, out, w, gx, adds
         )
@@ -373,5 +387,6 @@ def _within_borders(what: str, channels: int, side: int, group: int) -> np.ndarr
 
 
 @functools.cache
-def _memory(floats: int) -> np.ndarray:
+def _memory(floats: int, what: str) -> np.ndarray:
+    """Of every thread, for ``what``."""
     return kernels.empty((config.NUMBA_NUM_THREADS, floats))
