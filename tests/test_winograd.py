@@ -2,6 +2,7 @@
 
 import re
 
+import chainer
 import numpy as np
 import pytest
 import torch
@@ -92,6 +93,21 @@ def test_gradients_are_added_to_what_is_there(stride):
     for adds, gx in enumerate(results):
         gradients(convolution, x, g, w, gx, bool(adds))
     np.testing.assert_allclose(results[1], results[0] + before, rtol=1e-5, atol=1e-5)
+
+
+def test_the_filters_have_the_same_gradient_whether_the_images_have_one_or_not():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 64, 8, 8)).astype("f")
+    weight = chainer.Parameter(rng.standard_normal((64, 64, 3, 3)).astype("f"))
+    functions.use("winograd")
+    found = []
+    for images in (x, chainer.Variable(x)):
+        y = functions.finished(functions.convolution(images, weight, stride=2))
+        y.grad = np.ones_like(y.array)
+        weight.cleargrad()
+        y.backward()
+        found.append(weight.grad)
+    np.testing.assert_array_equal(*found)
 
 
 def test_other_shapes_are_left_to_a_direct_convolution():
