@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(
 def triple(lanes):
     """y = 3 x, a vector after the other."""
     module = ir.Module()
-    code = vectors.Code(module, "triple", lanes)
-    x, y, _, _, count, *_ = code.function.args
+    code = vectors.Code(module, "triple", lanes, pointers=2, ahead=1)
+    x, y, count, _ = code.function.args
     with code.loop(count) as i:
         code.store(3.0 * code.load(code.at(x, (i, lanes))), code.at(y, (i, lanes)))
     code.builder.ret_void()
@@ -28,10 +28,9 @@ def test_code_computes_what_it_says(tmp_path):
     (address,) = vectors.load(vectors.object_code(triple, "triple", tmp_path), ["triple"])
     lanes = vectors.lanes()
     x, y = np.arange(2 * lanes + 1, dtype=np.float32), np.zeros(2 * lanes + 1, np.float32)
-    function = ctypes.CFUNCTYPE(
-        None, *[ctypes.c_void_p] * 4, ctypes.c_int64, *[ctypes.c_void_p] * 3
-    )
-    function(address)(x.ctypes.data, y.ctypes.data, None, None, 2, None, None, None)
+    pointer = ctypes.c_void_p
+    function = ctypes.CFUNCTYPE(None, pointer, pointer, ctypes.c_int64, pointer)
+    function(address)(x.ctypes.data, y.ctypes.data, 2, None)
     np.testing.assert_array_equal(y[:-1], 3 * x[:-1])
     assert y[-1] == 0  # not a vector's
 
