@@ -316,6 +316,19 @@ def output_gradient(images, h, gy, y, mean, g):
     return parts
 
 
+@_inline
+def _what_was_read(x, normalization, out, memory):
+    """Rows that a convolution read: those of ``out``, or if it is empty, made from x again."""
+    if len(out):
+        return out
+    if len(normalization) == 0:
+        return x
+    rows, channels = x.shape
+    y = _view(memory, rows, channels)
+    _scale_shift_relu(x, normalization[0], normalization[1], y)
+    return y
+
+
 @_compile
 def convolve_backward(
     weights,
@@ -360,12 +373,7 @@ def convolve_backward(
         end = scratch + hs.size
         gh = _view(own[scratch:], hs.shape[0], hs.shape[1])
         _combine(_flat(g[some]), hs, coefficients, gh)
-        source = xs
-        if len(out):
-            source = _flat(out[some])
-        elif len(normalization):
-            source = _view(own[end:], xs.shape[0], xs.shape[1])
-            _scale_shift_relu(xs, normalization[0], normalization[1], source)
+        source = _what_was_read(xs, normalization, _flat(out[some]), own[end:])
         execute(weights_parts[k], source, gh, gws[k], own)
         if len(gx):
             gxs = _flat(gx[some])
@@ -508,7 +516,7 @@ def convolve_backward_by_tiles(tiles, g, h, coefficients, x, normalization, out,
     """
     images, group = tiles.images, tiles.group
     u, points = tiles.u, tiles.points
-    read_of, gradient_of = tiles.plain, tiles.gradient  # each thread
+    plain, padded = tiles.plain, tiles.gradient  # of each thread
     count = (len(x) + images - 1) // images
     parts = np.zeros((count, 2, x.shape[2]), np.float64)
     _filters_to_points(tiles.code.to_points, w, True, tiles.turned, u)
@@ -519,16 +527,13 @@ def convolve_backward_by_tiles(tiles, g, h, coefficients, x, normalization, out,
         kept, unread = out, x
     for k in numba.prange(count):
         thread = numba.get_thread_id()
-        gradient = gradient_of[thread]
+        gradient = padded[thread]
         sums[k] = 0
         end = min((k + 1) * images, len(x))
         for begin in range(k * images, end, group):
             some = slice(begin, min(begin + group, end))
             xs, gxs = _flat(x[some]), _flat(gx[some])
-            source = _flat(kept[some])
-            if len(normalization) and not len(out):
-                source = _view(read_of[thread], xs.shape[0], xs.shape[1])
-                _scale_shift_relu(xs, normalization[0], normalization[1], source)
+            source = _what_was_read(xs, normalization, _flat(out[some]), plain[thread])
             _enter_gradient(g[some], h[some], coefficients, gradient)
             arrays = source, gradient, u, sums[k], gxs, points[thread]
             after = begin + group

@@ -30,9 +30,10 @@ from resnet.backends.cpu import kernels, transforms, vectors
 from resnet.backends.cpu.transforms import FORMS, TILE, Form, from_points, to_points
 from resnet.backends.cpu.vectors import LINE, WORD, Code, Vector
 
-TILES = 8  # that go through all steps together, in the cache; see ``Steps``
+TILES = 8  # that go through all steps together, in the cache, at least
 GROUP = 1 << 16  # bytes of images whose passes before and after are taken together
 PART = 1 << 19  # bytes of images whose gradients of the filters are summed together
+HEIGHT = 8  # rows of a product that stay in registers; half of them with AVX2
 GAP = 16  # floats between the points' matrices: else their addresses share a set of the cache
 KEPT = Path(kernels.convolve.stats.cache_path)  # where Numba keeps its kernels: the code beside
 
@@ -63,7 +64,7 @@ class Images(NamedTuple):
     border: int = 0  # of zeros around each of them
 
     @property
-    def row(self) -> int:
+    def line(self) -> int:
         """Floats of a row of pixels."""
         return (self.side + 2 * self.border) * self.channels
 
@@ -74,6 +75,7 @@ class Images(NamedTuple):
 
 
 def tiles_of_a_block(channels: int) -> int:
+    """How many go through all steps together: the more channels, the more share the filters."""
     return max(TILES, channels // 4)
 
 
@@ -81,15 +83,14 @@ class Steps:
     """The steps of a convolution at ``points`` x ``points`` points, a block of tiles each.
 
     A block is ``some`` rows of tiles from ``row`` on, counted through all images. What is at the
-    points are matrices of tiles by channels. The more ``channels``, the more tiles have to share
-    what is read of the filters.
+    points are matrices of tiles by channels.
     """
 
     def __init__(self, code: Code, points: int, across: int, channels: int = 0) -> None:
         self.code, self.points = code, points
         self.across = across  # tiles of a row
         self.rows = max(1, tiles_of_a_block(channels) // across)  # of a block
-        self.height = 8 if code.lanes == 16 else 4  # rows of a product that stay in registers
+        self.height = HEIGHT if code.lanes == 16 else HEIGHT // 2
         self.tiles = -(-self.rows * across // self.height) * self.height  # room for them
 
     def step(self, channels: int) -> int:
@@ -123,7 +124,7 @@ class Steps:
             image, above = (divide(number, WORD(self.across))
                             for divide in (code.builder.udiv, code.builder.urem))  # fmt: skip
             pixels = images.side + 2 * images.border
-            tile = (image, pixels * images.row), (above, images.tile * images.row)
+            tile = (image, pixels * images.line), (above, images.tile * images.line)
             place = code.at(x, *tile, (j, images.tile * width), k)
             yield place, code.at(points, (i, self.across * width), (j, width), k)
 
@@ -139,7 +140,7 @@ class Steps:
     def read(self, x, images: Images, row, some, points, matrix: np.ndarray) -> None:
         """points = the transform by ``matrix`` of tiles of x."""
         steps = [each * self.step(images.channels) for each in (self.points, 1)]
-        pixel = images.row, images.channels
+        pixel = images.line, images.channels
         with self._tiles(x, images, row, some, points) as (source, target):
             size = len(matrix[0])
             transform(self.code, to_points, matrix, size, source, pixel, target, steps)
@@ -147,7 +148,7 @@ class Steps:
     def write(self, points, y, images: Images, row, some, matrix: np.ndarray, adds: bool) -> None:
         """y = the transform back of tiles at the points; with ``adds``, added to what is there."""
         steps = [each * self.step(images.channels) for each in (self.points, 1)]
-        pixel = images.row, images.channels
+        pixel = images.line, images.channels
         with self._tiles(y, images, row, some, points) as (target, source):
             size = self.points
             transform(self.code, from_points, matrix, size, source, steps, target, pixel, adds)
@@ -344,7 +345,7 @@ class Convolution:
         form = FORMS[stride]
         kinds, points = len(form.filters) ** 2, len(form.read) ** 2
         weights = kernels.empty((9, c, channels))
-        tiles = tiles_of_a_block(c) + small // TILE + 7  # no block has more
+        tiles = tiles_of_a_block(c) + small // TILE + HEIGHT  # no block has room for more
         self.tiles = Tiles(
             self.images,
             group,
