@@ -3,11 +3,13 @@
   python plots/claims.py runs                   markdown, on the screen
   python plots/claims.py runs -o results        results/claims.md
 
-A rule compares means over seeds, and a difference counts where it is beyond the seeds' spread: the
-95 % interval of Student's t, with the deviation within the nets that are compared. Where one of
-them has a single run, the deviation is that within all nets of the same conditions that have
-several, and the verdict says "one run"; without any there is no verdict. Runs of different
-schedules, data or batches are never compared.
+A rule compares means over seeds, and a difference counts where it is beyond its 95 % interval: of
+Student's t, with the deviation of the seeds within all nets of a kind (plain nets; ResNets, those
+trained block by block among them; ResResNets), and Welch's degrees of freedom for nets of two
+kinds. A difference within it decides nothing, however many runs there are, nor does one of nets of
+a kind without two runs of any; a verdict for which a net has a single run says "one run". Runs with
+other data or batches are never compared, nor those of other schedules, but that partial training,
+which has its own, is compared with whole networks.
 """
 
 from __future__ import annotations
@@ -33,9 +35,12 @@ CHOICES = ("augmentation", "scale", "freeze", "new ends")  # that tell nets of o
 FULL = "he2015"
 PARTIAL_EPOCHS = 200  # of the report's partial training, all stages
 SMALLEST = 1e-12  # of a loss; a smaller one is rounding
+AS_HIGH = math.log(1.1)  # of a loss: as high as another one that is lower by less than 10 %
 HOW = (
-    "A difference counts where it is beyond the spread of the seeds (95 %). Where a net has one "
-    "run, the spread is that of the other nets of the same schedule, and the verdict says so."
+    "A difference counts where it is beyond its 95 % interval (Student's t), by the deviation of "
+    "the seeds within all nets of a kind: plain nets, ResNets (those trained block by block among "
+    "them), ResResNets; those without augmentation by themselves. Within it a claim stays open. "
+    "Losses are compared by their ratio. Where a net has one run, the verdict says so."
 )
 SHORTER = "The commands make full schedules; with --shorten 4 they make those of 'he2015 / 4'."
 # Student's t, two-sided 95 %, by degrees of freedom; in between, that of the fewer.
@@ -102,12 +107,18 @@ def _distance(block: str, stage: int) -> Callable[[Run], float | None]:
     return of
 
 
-def _stage_loss(stage: int, place: int) -> Callable[[Run], float | None]:
-    """Training loss of the first epoch (``place`` 0) or the last (-1) of a stage."""
+def _rise(stage: int, same_rate: bool) -> Callable[[Run], float | None]:
+    """Training loss of the first epoch of a stage, times that of the last one before.
+
+    With ``same_rate``, of the last one before that had the rate of the former.
+    """
 
     def of(run: Run) -> float | None:
-        found = [e["main/loss"] for e in run.entries if e.get("stage") == stage]
-        return found[place] if found else None
+        first = next((e for e in run.entries if e.get("stage") == stage), None)
+        before = [e for e in run.entries if e.get("stage") == stage - 1]
+        if same_rate and first:
+            before = [e for e in before if e.get("lr") == first.get("lr")]
+        return first["main/loss"] / before[-1]["main/loss"] if first and before else None
 
     return of
 
@@ -132,8 +143,9 @@ class Comparison:
     Attributes:
         left: Some runs.
         right: Other runs, or a number.
-        kind: ``above``; ``below``; ``not above``; ``about``: within ``margin`` of ``target``; or
-            ``as published``: the number is one run of the same spread, and no further away.
+        kind: ``above``; ``below``; ``not above``, but for a ``margin``; ``about``: within
+            ``margin`` of ``target``; or ``as published``: the number is one run of the same spread,
+            and no further away, nor could it be by more than ``margin``.
     """
 
     left: Side
@@ -153,6 +165,13 @@ class Comparison:
         right = self.right.net.name if isinstance(self.right, Side) else f"{self.right:.2f}"
         nets = dict.fromkeys((self.left.net.name, right))
         return f"{' against '.join(nets)} in {self.left.quantity.name.partition(',')[0]}"
+
+    def show(self, difference: float, half: float) -> str:
+        """Its name, and the difference with its 95 % interval."""
+        if self.left.quantity.relative:
+            ratio, low, high = map(math.exp, (difference, difference - half, difference + half))
+            return f"{self.name}: {ratio:.2f} times, {low:.2f} to {high:.2f}"
+        return f"{self.name}: {difference:+.2f} ± {half:.2f}"
 
 
 @dataclass(frozen=True)
@@ -200,6 +219,13 @@ class Verdict:
     def text(self) -> str:
         return f"{self.word} ({self.reason})" if self.reason else self.word
 
+    @property
+    def schedules(self) -> str:
+        """``schedule``, and that of partial training if it is among the runs."""
+        plans = [group.conditions["schedule"] for group in self.groups]
+        own = [conditions.describe("schedule", p) for p in plans if _is_partial(p)]
+        return "; ".join(dict.fromkeys(filter(None, [self.schedule, *own])))
+
 
 class Evidence:
     """Runs that may be compared: of the same schedule, data and batch.
@@ -228,48 +254,59 @@ class Evidence:
         """The difference, and the half of its 95 % interval; NaN where no spread is known."""
         left, right = comparison.left, comparison.right
         samples = [self.values(side) for side in comparison.sides]
-        known = samples
-        if min(map(len, samples)) < 2:
-            known = [self.values(Side(net, left.quantity)) for net in self.groups]
+        shares: dict[tuple, float] = {}  # of the variance of a single run, by kind of net
+        for side, values in zip(comparison.sides, samples, strict=True):
+            key = _kind(side.net), side.quantity
+            shares[key] = shares.get(key, 0) + 1 / len(values)
+        if comparison.kind == "as published":
+            shares[_kind(left.net), left.quantity] += 1
+        variance, spent = 0.0, 0.0  # Welch and Satterthwaite
+        for key, share in shares.items():
+            one, freedom = self._variance(*key)
+            variance += one * share
+            spent += (one * share) ** 2 / freedom if freedom else math.nan
+        freedom = variance**2 / spent if spent else math.inf
+        other = mean(samples[1]) if isinstance(right, Side) else left.quantity.scaled([right])[0]
+        return mean(samples[0]) - other, student(freedom) * math.sqrt(variance)
+
+    def _variance(self, kind: tuple, quantity: Quantity) -> tuple[float, int]:
+        """Variance of a single run within all nets of a kind, and its degrees of freedom."""
+        known = [self.values(Side(net, quantity)) for net in self.groups if _kind(net) == kind]
         freedom = sum(len(values) - 1 for values in known if values)
         squares = sum((value - mean(values)) ** 2 for values in known for value in values)
-        deviation = math.sqrt(squares / freedom) if freedom else math.nan
-        error = sum(1 / len(values) for values in samples)
-        if comparison.kind == "as published":
-            error += 1
-        other = mean(samples[1]) if isinstance(right, Side) else left.quantity.scaled([right])[0]
-        return mean(samples[0]) - other, student(freedom) * deviation * math.sqrt(error)
+        return (squares / freedom if freedom else math.nan), freedom
 
 
-def student(freedom: int) -> float:
-    """Student's t, two-sided 95 %."""
-    return STUDENT[max(known for known in STUDENT if known <= freedom)] if freedom else math.nan
+def student(freedom: float) -> float:
+    """Student's t, two-sided 95 %; NaN if ``freedom`` is."""
+    known = [t for least, t in STUDENT.items() if least <= freedom + SMALLEST]
+    return known[-1] if known else math.nan
 
 
-def decide(comparison: Comparison, difference: float, half: float, single: bool) -> bool | None:
+def decide(comparison: Comparison, difference: float, half: float) -> bool | None:
     """Whether a comparison holds; None where the runs cannot tell.
 
     Args:
         comparison: What is asked.
         difference: Left minus right.
         half: Of the 95 % interval of the difference; NaN where no spread is known.
-        single: Whether a side has one run: then a difference within the spread decides nothing.
     """
-    if math.isnan(half):
-        return None
+    low, high, margin = difference - half, difference + half, comparison.margin
     match comparison.kind:
-        case "above" | "below":
-            wanted = difference if comparison.kind == "above" else -difference
-            return True if wanted > half else None if single and wanted >= -half else False
+        case "above":
+            holds, fails = low > 0, high < 0
+        case "below":
+            holds, fails = high < 0, low > 0
         case "not above":
-            return difference <= half
-        case "as published":
-            return abs(difference) <= half
+            holds, fails = high <= margin, low > margin
         case "about":
-            away = abs(difference - comparison.target)
-            inside, outside = away + half <= comparison.margin, away - half > comparison.margin
-            return inside if inside or outside else None
-    raise ValueError(comparison.kind)
+            least, most = comparison.target - margin, comparison.target + margin
+            holds, fails = least <= low and high <= most, high < least or low > most
+        case "as published":
+            holds, fails = abs(difference) <= half <= margin, abs(difference) > half
+        case kind:
+            raise ValueError(kind)
+    return holds if holds or fails else None
 
 
 def judge(claim: Claim, evidence: Evidence) -> Verdict | None:
@@ -282,7 +319,7 @@ def judge(claim: Claim, evidence: Evidence) -> Verdict | None:
             measured.setdefault(side.quantity.name, []).append(shown)
     if not measured or (claim.full and not evidence.full):
         return None
-    missing, failed, undecided, singles = [], [], [], False
+    missing, failed, undecided, singles = [], [], [], []
     for each in claim.comparisons:
         samples = [evidence.values(side) for side in each.sides]
         if not all(samples):
@@ -290,15 +327,14 @@ def judge(claim: Claim, evidence: Evidence) -> Verdict | None:
             missing += [side.net.name for side, values in sides_and_samples if not values]
             continue
         difference, half = evidence.difference(each)
-        single = min(map(len, samples)) < 2
-        holds = decide(each, difference, half, single)
-        singles |= single and holds is not None
-        within = abs(difference) <= half
+        holds = decide(each, difference, half)
+        shown = "no spread is known" if math.isnan(half) else each.show(difference, half)
         if holds is False:
-            failed.append(f"{each.name}{': within the spread' if within else ''}")
+            failed.append(shown)
         elif holds is None:
-            known = "no spread is known" if math.isnan(half) else "the spread is too large"
-            undecided.append(f"one run, {known}" if single else known)
+            undecided.append(shown)
+        if min(map(len, samples)) < 2:
+            singles.append(shown)
     if failed:
         word, reasons = NOT_REPRODUCED, failed
     elif missing:
@@ -307,7 +343,7 @@ def judge(claim: Claim, evidence: Evidence) -> Verdict | None:
         word, reasons = OPEN, undecided
     else:
         word, reasons = REPRODUCED, []
-    if singles and word != OPEN:
+    if any(shown in reasons or word == REPRODUCED for shown in singles):
         reasons = [*reasons, "one run"]
     lines = tuple(f"{name}: {', '.join(values)}" for name, values in measured.items())
     groups = dict.fromkeys(side.net for side in sides if side.net in evidence.groups)
@@ -329,11 +365,21 @@ def _net(group: Group) -> Net:
     return Net(group.architecture, group.layers, choices)
 
 
+def _kind(net: Net) -> tuple:
+    """Of a net, whatever its depth: nets of a kind are spread alike by their seeds."""
+    architecture = "resnet" if net.architecture in ("top_down", "bottom_up") else net.architecture
+    return architecture, dict(net.choices).get("augmentation")
+
+
+def _is_partial(plan: dict) -> bool:
+    return str(plan.get("name")).partition(" / ")[0] == "partial"
+
+
 def _schedule(group: Group) -> str:
     """Name of the schedule, the same for the whole net and for partial training beside it."""
     plan = group.conditions["schedule"]
     name, _, factor = str(plan.get("name")).partition(" / ")
-    if name == "partial":
+    if _is_partial(plan):
         images = plan["iterations"] * group.conditions["batchsize"]
         epochs = images / group.conditions["training images"]
         times = int(factor) if factor.isdigit() else 1
@@ -414,7 +460,7 @@ def _compare(quantity: Quantity, left: Net, kind: str, right: Net, **how: float)
 
 def _published(numbers: dict[int, float]) -> tuple[Comparison, ...]:
     return tuple(
-        Comparison(Side(_resnet(layers), ACCURACY), numbers[layers], "as published")
+        Comparison(Side(_resnet(layers), ACCURACY), numbers[layers], "as published", margin=2)
         for layers in reference.DEPTHS
     )
 
@@ -423,22 +469,18 @@ def _chosen(net: Net, name: str, value: object) -> Net:
     return replace(net, choices=((name, value),))
 
 
-def _stage_start(net: Net, stage: int) -> Comparison:
-    before = Quantity(
-        f"training loss at the end of stage {stage - 1}", _stage_loss(stage - 1, -1), True
-    )
-    after = Quantity(
-        f"training loss in the first epoch of stage {stage}", _stage_loss(stage, 0), True
-    )
-    return Comparison(Side(net, after), Side(net, before))
+def _stage_start(net: Net, stage: int, same_rate: bool) -> Comparison:
+    before = "epoch with its rate before" if same_rate else "epoch before"
+    name = f"training loss in the first epoch of stage {stage} / in the last {before}"
+    return Comparison(Side(net, Quantity(name, _rise(stage, same_rate), True)), 1.0)
 
 
-def _adapts_less(stage: int) -> Comparison:
-    def moved(net: Net, block: str) -> Side:
+def _moves_less(stage: int, top_down: str, bottom_up: str) -> Comparison:
+    def way(net: Net, block: str) -> Side:
         name = f"{block}'s way within stage {stage}, % of its norm"
         return Side(net, Quantity(name, _distance(block, stage)))
 
-    return Comparison(moved(TOP_DOWN, "conv2"), moved(BOTTOM_UP, "conv4"), "below")
+    return Comparison(way(TOP_DOWN, top_down), way(BOTTOM_UP, bottom_up), "below")
 
 
 def _experiment(script: str, *flags: str) -> str:
@@ -452,6 +494,7 @@ def _orders(*flags: str) -> tuple[str, ...]:
     )
 
 
+NEAR = "no further away than a single run may be by our seeds' spread, if that is below 2 points"
 THREE_ARCHITECTURES = tuple(_experiment(name) for name in ("resnet", "resresnet"))
 CLAIMS = (
     Claim(
@@ -498,9 +541,13 @@ CLAIMS = (
         "II, Fig. 5",
         "ResNets do not degrade with depth",
         "Residual networks overcome the degradation problem: deeper ones can still be optimized.",
-        "The training loss of ResNets of 32 and 56 layers is not above that of 20.",
+        "The training loss of the ResNet of 56 layers is not above those of 20 and 32 by 10 % or "
+        "more, nor that of 32 above that of 20.",
         (_experiment("resnet", "--n 3 5 9"),),
-        tuple(_compare(LOSS, _resnet(deep), "not above", _resnet(20)) for deep in (32, 56)),
+        tuple(
+            _compare(LOSS, _resnet(deep), "not above", _resnet(other), margin=AS_HIGH)
+            for deep, other in ((32, 20), (56, 20), (56, 32))
+        ),
     ),
     Claim(
         "II, Fig. 6; IV",
@@ -525,7 +572,7 @@ CLAIMS = (
         "II, Fig. 6",
         "ResNets are as accurate as the report's",
         "The accuracies of Fig. 6, column 'Our results': 91.53, 92.66, 92.20, 92.30 and 93.59 %.",
-        "Each of the five is no further away than a single run may be by our seeds' spread.",
+        f"Each of the five is {NEAR}.",
         (_experiment("resnet"),),
         _published(reference.REPORT["resnet"]),
         full=True,
@@ -534,7 +581,7 @@ CLAIMS = (
         "II, Fig. 6",
         "ResNets are as accurate as those of He et al.",
         "The accuracies of He et al., column 'Paper', are reproduced.",
-        "Each of the five is no further away than a single run may be by our seeds' spread.",
+        f"Each of the five is {NEAR}. (With 110 layers it is the best of their five runs.)",
         (_experiment("resnet"),),
         _published(reference.HE2015),
         full=True,
@@ -553,11 +600,13 @@ CLAIMS = (
     Claim(
         "III.A, Fig. 8",
         "ResResNets fit the training images as well",
-        "All ResResNets end with very low training losses.",
-        "At each of the five depths, training loss of the ResResNet is not above the ResNet's.",
+        "All ResResNets end with very low training losses, and yet are less accurate: it is not "
+        "that they fit the training images less well than ResNets.",
+        "At each of the five depths, training loss of the ResResNet is not above the ResNet's by "
+        "10 % or more.",
         THREE_ARCHITECTURES,
         tuple(
-            _compare(LOSS, _resresnet(layers), "not above", _resnet(layers))
+            _compare(LOSS, _resresnet(layers), "not above", _resnet(layers), margin=AS_HIGH)
             for layers in reference.DEPTHS
         ),
     ),
@@ -601,13 +650,14 @@ CLAIMS = (
         tuple(_compare(ACCURACY, TOP_DOWN, "below", other) for other in (_resnet(32), BOTTOM_UP)),
     ),
     Claim(
-        "III.B; IV",
-        "upper blocks adapt less",
-        "Top-down is worse since the upper block, trained first, does not adapt when lower ones "
-        "are added; the lower block, trained first from the bottom up, does.",
-        "In stages 2 and 3, conv2 (top-down) moves by less of its norm than conv4 (bottom-up).",
+        "III.B",
+        "lower blocks are less plastic",
+        "Top-down is worse since the lower blocks, which it adds, do not converge enough, less "
+        "plastic than the upper ones, which bottom-up adds.",
+        "In the stage that adds it, conv3 moves by less of its norm top-down than bottom-up, and "
+        "conv4 (added last top-down) by less than conv2 (added last bottom-up).",
         _orders(),
-        (_adapts_less(2), _adapts_less(3)),
+        (_moves_less(2, "conv3", "conv3"), _moves_less(3, "conv4", "conv2")),
     ),
     Claim(
         "III.B",
@@ -615,9 +665,15 @@ CLAIMS = (
         "The random block that is added and the rate that jumps back push the earlier blocks away "
         "from what they had learned.",
         "In both orders, training loss in the first epoch of stages 2 and 3 is above that of the "
-        "last epoch before.",
+        "last epoch before, and above that of the last one before that had the same rate: what the "
+        "rate alone brings back is no disturbance by the block.",
         _orders(),
-        tuple(_stage_start(net, stage) for net in (TOP_DOWN, BOTTOM_UP) for stage in (2, 3)),
+        tuple(
+            _stage_start(net, stage, same_rate)
+            for net in (TOP_DOWN, BOTTOM_UP)
+            for stage in (2, 3)
+            for same_rate in (False, True)
+        ),
     ),
     Claim(
         "III.B",
@@ -641,6 +697,15 @@ CLAIMS = (
             for net in (TOP_DOWN, BOTTOM_UP)
         ),
     ),
+    Claim(
+        "IV",
+        "upper blocks adapt less",
+        "Top-down is worse since the upper block, trained first, does not adapt when lower ones "
+        "are added; the lower block, trained first from the bottom up, does.",
+        "In stages 2 and 3, conv2 (top-down) moves by less of its norm than conv4 (bottom-up).",
+        _orders(),
+        (_moves_less(2, "conv2", "conv4"), _moves_less(3, "conv2", "conv4")),
+    ),
 )
 
 
@@ -662,7 +727,7 @@ def markdown(groups: Sequence[Group]) -> str:
     judged = verdicts(groups)
     for claim, found in judged:
         for verdict in found:
-            cells = (claim.section, claim.text, verdict.schedule or BLANK,
+            cells = (claim.section, claim.text, verdict.schedules or BLANK,
                      "; ".join(verdict.measured) or BLANK, verdict.text)  # fmt: skip
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += ["", f"What decides each, and what makes the runs. {SHORTER}", ""]

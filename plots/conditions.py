@@ -97,7 +97,7 @@ def shared(groups: Sequence[Group], but: Sequence[str] = ()) -> str:
     """The conditions in which all groups agree, in words, leaving out those in ``but``."""
     if not groups:
         return ""
-    left_out = {*varying(groups), "architecture", "n", "warm-up", "log", *but}
+    left_out = {*varying(groups), "architecture", "n", "log", *but}
     conditions = groups[0].conditions
     keys = sorted(conditions.keys() - left_out, key=_rank)
     return ", ".join(filter(None, (describe(key, conditions[key]) for key in keys)))

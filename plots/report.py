@@ -113,7 +113,7 @@ def _claims(groups: Sequence[Group], anchors: dict[int, str]) -> str:
         )
         for verdict in found:
             rows += (
-                f"<tr>{first}<td>{escape(verdict.schedule) or results.BLANK}</td>"
+                f"<tr>{first}<td>{escape(verdict.schedules) or results.BLANK}</td>"
                 f"<td>{measured(verdict)}</td>"
                 f"<td><b>{escape(verdict.word)}</b> {escape(verdict.reason)}</td></tr>\n"
             )
