@@ -62,6 +62,30 @@ def test_a_look_at_what_lies_between_changes_nothing(backend):
             assert_close(b, a)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda h: functions.relu(h) * chainer.functions.tanh(h),
+        lambda h: functions.relu(h) - functions.relu(-1 * h),
+        lambda h: functions.relu(h + h),
+        lambda h: functions.relu(functions.relu(h) + h),
+    ],
+    ids=["gate", "both halves", "twice itself", "a layer and itself"],
+)
+def test_running_averages_move_once_however_often_a_normalization_is_used(backend, use):
+    x, w = normal(4, 16, 8, 8), normal(16, 16, 3, 3, seed=1) / 9
+    theirs = torch.nn.BatchNorm2d(16, momentum=0.1).double()
+    convolved = F.conv2d(torch.tensor(x).double(), torch.tensor(w).double(), padding=1)
+    theirs(convolved)
+    bn = L.BatchNormalization(16)
+    bn.to_device(backend)
+    h = functions.convolution(backend.send(x), backend.send(w), stride=1)
+    y = use(functions.normalization(h, bn))
+    chainer.functions.sum(functions.finished(y)).backward()
+    assert_close(bn.avg_mean, theirs.running_mean.numpy())
+    assert_close(bn.avg_var, theirs.running_var.numpy())
+
+
 @pytest.mark.parametrize("train", [True, False], ids=["train", "test"])
 def test_it_is_computed_as_it_was_asked_for(backend, train):
     """Under the configuration of that moment, whenever somebody looks."""

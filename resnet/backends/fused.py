@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import chainer
@@ -32,9 +33,15 @@ class Convolution(NamedTuple):
     stride: int
 
 
-class Normalization(NamedTuple):
+@dataclass(eq=False)
+class Normalization:
     x: Unfinished  # a convolution
     bn: L.BatchNormalization
+    counts: bool = True  # for the running averages: once, however often it is computed
+
+    def counted(self) -> None:
+        """Note that it has been computed, so that the running averages move no more."""
+        self.counts = self.counts and not chainer.config.train
 
 
 class Shortcut(NamedTuple):
@@ -52,14 +59,9 @@ class Layer:
     """``relu(BN(convolution(x, W)) + A(shortcut) + ...)``; A is option A, shortcuts may be none."""
 
     def __init__(self, normalization: Normalization, shortcuts: Sequence = ()) -> None:
-        convolution, self.bn = normalization
-        self.x, self.W, self.stride = convolution.operation
+        self.normalization, self.bn = normalization, normalization.bn
+        self.x, self.W, self.stride = normalization.x.operation
         self.shortcuts = tuple(shortcuts)
-        self.counts = True  # for the running averages: once, however often it is computed
-
-    def counted(self) -> None:
-        """Note that it has been computed, so that the running averages move no more."""
-        self.counts = self.counts and not chainer.config.train
 
 
 class Unfinished(chainer.Variable):
@@ -213,13 +215,16 @@ class Fused(Reference):
 
     def one_by_one(self, layer: Layer):
         """Compute a layer out of a convolution and Chainer's own functions."""
-        h = self.convolve(layer.x, layer.W, layer.stride)
-        with chainer.using_config("in_recomputing", not layer.counts):
-            y = super().normalization(h, layer.bn)
-        layer.counted()
+        y = self._normalized(self.convolve(layer.x, layer.W, layer.stride), layer.normalization)
         for shortcut in layer.shortcuts:
             y += widened(self.float32(shortcut), y)
         return F.relu(y)
+
+    def _normalized(self, x, normalization: Normalization):
+        with chainer.using_config("in_recomputing", not normalization.counts):
+            y = super().normalization(x, normalization.bn)
+        normalization.counted()
+        return y
 
     def float32(self, x):
         """An activation as Chainer's own functions take it."""
@@ -230,8 +235,8 @@ class Fused(Reference):
         match operation:
             case Convolution(x, W, stride):
                 return self.convolve(x, W, stride)
-            case Normalization(x, bn):
-                return super().normalization(x, bn)
+            case Normalization(x):
+                return self._normalized(x, operation)
             case Shortcut(x, channels, stride):
                 return super().option_a(x, channels, stride)
             case Sum(x, y):

@@ -109,7 +109,7 @@ class OneDNN(Fused):
             inputs += [each.W, each.bn.gamma, each.bn.beta]
         (y,) = _Layers(self, row, starts).apply(inputs)
         for each in row:
-            each.counted()
+            each.normalization.counted()
         return y
 
     def add_relu(self, x, shortcut):
@@ -243,7 +243,7 @@ class _Layers(Node):
         self.backend, self.starts = backend, starts
         self.strides = [layer.stride for layer in layers]
         self.bns = [layer.bn for layer in layers]
-        self.decays = [layer.bn.decay if layer.counts else 1.0 for layer in layers]
+        self.decays = [layer.bn.decay if layer.normalization.counts else 1.0 for layer in layers]
         self.trains = chainer.config.train
 
     def reference(self, *parameters):

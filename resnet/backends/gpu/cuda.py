@@ -124,7 +124,9 @@ class Cuda(Fused):
         ):
             return self.one_by_one(layer)
         x, *shortcut = images
-        return _Layer(self, layer).apply((x, layer.W, bn.gamma, bn.beta, *shortcut))[0]
+        (y,) = _Layer(self, layer).apply((x, layer.W, bn.gamma, bn.beta, *shortcut))
+        layer.normalization.counted()
+        return y
 
     def add_relu(self, x, shortcut):
         y = self._add(x, shortcut, rectify=True)
@@ -372,6 +374,7 @@ class _Layer(_Node):
     def __init__(self, backend: Cuda, layer: Layer) -> None:
         super().__init__(backend)
         self.bn, self.stride = layer.bn, layer.stride
+        self.decay = layer.bn.decay if layer.normalization.counts else 1.0
         self.trains = chainer.config.train
 
     def reference(self, x, w, gamma, beta, shortcut=None):
@@ -397,7 +400,7 @@ class _Layer(_Node):
             (blocks, chunk), count = _blocks(h, channels), h.size // channels
             parts = xp.empty((blocks, 2, channels), np.float32)
             sums = h, count, channels, chunk, parts, _arrived()
-            moments = gamma, beta, float(bn.eps), float(bn.decay), *averages, self.stats
+            moments = gamma, beta, float(bn.eps), float(self.decay), *averages, self.stats
             launch_on(h, "moments", blocks * THREADS, *sums, *moments)
         else:
             moments = gamma, beta, float(bn.eps), *averages, channels, self.stats
