@@ -6,7 +6,8 @@ draws one learns of it from there.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import chainer
@@ -14,7 +15,7 @@ import numpy as np
 from chainer import links as L
 from chainer.initializers import HeNormal
 
-from resnet import functions
+from resnet import functions, random
 from resnet.blocks import AbsentBlock, Block, ResidualBlock, TwiceRectifiedBlock
 from resnet.modules import Convolution, HighwayModule, Normalization, PlainModule, ResidualModule
 
@@ -86,15 +87,17 @@ class Network(chainer.Chain):
         self.frozen: frozenset[str] = frozenset()
         first, second, third = CHANNELS
         shapes = ((first, first, 1), (first, second, 2), (second, third, 2))
-        rngs = [np.random.RandomState([seed, i]) for i in range(len(GROUPS))]
         with self.init_scope():
-            self.conv1 = architecture.stem(first, rngs[0])
-            for name, shape, rng in zip(BLOCKS, shapes, rngs[1:], strict=False):
-                if name in present:
-                    setattr(self, name, architecture.block(n, *shape, rng, architecture.module))
-                else:
-                    setattr(self, name, AbsentBlock(*shape))
-            self.fc = architecture.head(third, classes, rngs[-1])
+            with _generator(seed, "conv1") as rng:
+                self.conv1 = architecture.stem(first, rng)
+            for name, shape in zip(BLOCKS, shapes, strict=True):
+                with _generator(seed, name) as rng:
+                    if name in present:
+                        setattr(self, name, architecture.block(n, *shape, rng, architecture.module))
+                    else:
+                        setattr(self, name, AbsentBlock(*shape))
+            with _generator(seed, "fc") as rng:
+                self.fc = architecture.head(third, classes, rng)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -113,6 +116,14 @@ class Network(chainer.Chain):
             with chainer.using_config("train", chainer.config.train and name not in self.frozen):
                 x = self[name](x)
         return functions.finished(x)
+
+
+@contextlib.contextmanager
+def _generator(seed: int, group: str) -> Iterator[np.random.RandomState]:
+    """Of a group's first weights; for links that are given none, NumPy's own is seeded, too."""
+    keys = seed, GROUPS.index(group)
+    with random.numpy_seeded(*keys):
+        yield np.random.RandomState(keys)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,12 @@ replayed draws the same numbers, and there is no generator state to save.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 
-SHUFFLE, AUGMENT = 1, 2  # what a number is for
+SHUFFLE, AUGMENT, OTHERS = 1, 2, 3  # what a number is for
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -42,6 +45,25 @@ def below(xp, bound: int, *keys):
     """Draw random integers from 0 to ``bound - 1``, int64, one for each combination of keys."""
     high = bits(xp, *keys) >> np.uint64(32)
     return ((high * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+
+
+def seed_numpy(*keys: int) -> None:
+    """Seed NumPy's own generator: what others draw from it is a function of the keys, too.
+
+    Those are Chainer's dropout on a CPU, and initializers that are given no generator.
+    """
+    np.random.seed(int(bits(np, OTHERS, *keys)[0] >> np.uint64(32)))
+
+
+@contextlib.contextmanager
+def numpy_seeded(*keys: int) -> Iterator[None]:
+    """``seed_numpy`` for a while: afterwards NumPy's generator is as it was before."""
+    before = np.random.get_state()
+    seed_numpy(*keys)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
 
 
 def permutation(xp, size: int, *keys):

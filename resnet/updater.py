@@ -8,7 +8,7 @@ import chainer
 import numpy as np
 from chainer import training
 
-from resnet import functions
+from resnet import functions, random
 from resnet.batches import Batches
 from resnet.parallel import ALONE, Processes
 from resnet.schedule import WARM_UP_RATE, Schedule, WarmUp
@@ -100,6 +100,7 @@ class Updater(training.Updater):
 
     def _train(self) -> None:
         x, t = self.batch()
+        random.seed_numpy(self.batches.seed, self.iteration, self.processes.rank)
         network = self.optimizer.target
         y = network(x)
         loss = functions.softmax_cross_entropy(y, t)

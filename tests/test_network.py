@@ -1,5 +1,7 @@
 """Networks: their sizes, their first weights, and what they compute."""
 
+from dataclasses import replace
+
 import chainer
 import numpy as np
 import pytest
@@ -10,8 +12,18 @@ from torch.nn import functional as F
 from experiments.torch_network import TorchNetwork
 from resnet import blocks, functions, modules
 from resnet.export import state, torch_name
-from resnet.modules import GATE_BIAS
-from resnet.network import ARCHITECTURES, DEPTHS, GROUPS, depth, highway, plain, resnet, resresnet
+from resnet.modules import GATE_BIAS, ResidualModule
+from resnet.network import (
+    ARCHITECTURES,
+    BLOCKS,
+    DEPTHS,
+    GROUPS,
+    depth,
+    highway,
+    plain,
+    resnet,
+    resresnet,
+)
 
 
 def random(*shape):
@@ -122,6 +134,26 @@ def test_seed_decides_the_first_weights(architecture):
         np.testing.assert_array_equal(array, again[name], err_msg=name)
         if name.endswith("/W"):
             assert not np.isclose(array, other[name]).all(), name
+
+
+def test_seed_decides_those_of_links_without_a_generator_too():
+    class Squeezing(ResidualModule):
+        def __init__(self, channels_in, channels, stride, rng):
+            super().__init__(channels_in, channels, stride, rng)
+            with self.init_scope():
+                self.squeeze = L.Linear(channels, channels)
+
+    make = replace(ARCHITECTURES["resnet"], module=Squeezing)
+    found = []
+    for before in (1, 2):
+        np.random.seed(before)
+        expected = np.random.RandomState(before).rand()
+        net = make(1, seed=3)
+        assert np.random.rand() == expected  # it is as it was before
+        found.append([net[name][0].squeeze.W.array for name in BLOCKS])
+    for first, again in zip(*found, strict=True):
+        np.testing.assert_array_equal(first, again)
+    assert not np.isclose(found[0][0][:16, :16], found[0][1][:16, :16]).any()
 
 
 def test_layers_begin_with_different_weights():

@@ -7,12 +7,13 @@ from chainer.serializers import DictionarySerializer, NpzDeserializer
 
 from resnet import cifar10, functions, network, schedule
 from resnet.batches import Batches, Images
+from resnet.modules import ResidualModule
 from resnet.updater import Updater
 
 
-def make_updater(dataset, batchsize=16, plan=None, warm_up=False, seed=0):
+def make_updater(dataset, batchsize=16, plan=None, warm_up=False, seed=0, make=network.resnet):
     device = chainer.get_device("@numpy")
-    optimizer = functions.momentum_sgd(network.resnet(1, seed), 0.9, 1e-4)
+    optimizer = functions.momentum_sgd(make(1, seed % 2**32), 0.9, 1e-4)
     mean = cifar10.mean_image(dataset.train_x)
     images = Images(dataset.train_x, dataset.train_y, mean, device)
     plan = plan or schedule.Schedule("test", 20, (2, 4))
@@ -46,6 +47,29 @@ def test_warm_up_rate_holds_until_the_condition_is_met(dataset, monkeypatch):
         updater.update()
         rates.append(updater.optimizer.lr)
     assert rates == [0.01, 0.01, 0.01, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("seed", [3, 3 + (1 << 32)])  # also of a stage of partial training
+def test_dropout_is_a_function_of_seed_and_iteration(dataset, seed):
+    """Of a network whose modules draw from NumPy's own generator."""
+
+    class Dropping(ResidualModule):
+        def forward(self, x):
+            return super().forward(chainer.functions.dropout(x))
+
+    dropping = network.Architecture(
+        "ResNet with dropout", "Dropping", "relu(F(D(x)) + x)", Dropping
+    )
+    found = []
+    for before in (1, 2):
+        np.random.seed(before)
+        updater = make_updater(dataset, seed=seed, make=dropping)
+        found.append([])
+        for _ in range(2):
+            updater.update()
+            np.random.rand(before)
+            found[-1].append(updater.statistics()["main/loss"])
+    assert found[0] == found[1] and found[0][0] != found[0][1]
 
 
 def test_statistics_are_means_over_the_updates_since_the_last_report(dataset, monkeypatch):
