@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -109,6 +112,24 @@ def git_state(root: Path = ROOT) -> dict | None:
     if new or len(diff) > LARGEST_DIFF:
         return {"commit": commit, "modified": True, "repeatable": False}
     return {"commit": commit, "modified": True, "diff": diff}
+
+
+def sources(*classes: type) -> dict[str, str]:
+    """Find the files outside of this package that define these classes: sha256 by name."""
+    outside = [each for each in classes if each.__module__.partition(".")[0] != "resnet"]
+    found = {}
+    for each in outside:
+        with contextlib.suppress(OSError, TypeError):  # typed at a prompt: in no file
+            path = Path(inspect.getsourcefile(each))
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def changed_sources(starts: list[dict], start: dict) -> list[str]:
+    """Name the ``sources`` of a start that differ from those of one before."""
+    before = [each["sources"].items() for each in starts if "sources" in each]
+    return [name for name, digest in start["sources"].items()
+            if any((name, digest) not in each for each in before)]  # fmt: skip
 
 
 def publish(run: Path, target: Path) -> None:

@@ -259,10 +259,15 @@ class Run:
         else:
             resumed = snapshots.resume_newest(trainer)
         start = self._start(trainer.updater.iteration)
+        if resumed:
+            self._refuse_other_formula(starts, start)
         self._print_header(trainer.updater, resumed, start["git"])
         if resumed and (before := starts[-1:]) and before[0].get("device") != start["device"]:
             print(f"NOTE: begun on {before[0].get('device')}: on another processor the last digits")
             print("      of the log may differ from those of an uninterrupted run.\n", flush=True)
+        if resumed and (changed := record.changed_sources(starts, start)):
+            print(f"NOTE: {', '.join(changed)}: changed since this run was begun. If it computes")
+            print("      something else now, the run is of neither.\n", flush=True)
         before = [each["packages"] for each in starts if "packages" in each]
         if before[-1:] == [start["packages"]]:
             del start["packages"]  # as at the start before
@@ -332,6 +337,14 @@ class Run:
         found = run_folder.saved_blocks(self.folder)
         return found is not None and found.iteration >= self.schedule.iterations
 
+    def _refuse_other_formula(self, starts: list[dict], start: dict) -> None:
+        found = [each["formula"] for each in starts if "formula" in each]
+        if found and found[-1] != start["formula"]:
+            raise InputError(
+                f"{self.folder}: begun with modules that compute '{found[-1]}', "
+                f"found '{start['formula']}'; legal: the former, or another --out"
+            )
+
     def repair_log(self) -> None:
         """Write the log of a complete run again, from a snapshot, where it has changed.
 
@@ -390,6 +403,8 @@ class Run:
         return {
             "label": kind.label,
             "beside": kind.beside,
+            "formula": kind.formula,
+            "sources": record.sources(kind.module, kind.block, kind.stem, kind.head),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "iteration": iteration,
             "command": record.command(),

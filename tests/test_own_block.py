@@ -49,6 +49,29 @@ def test_it_is_trained_saved_and_loaded_to_the_digit_of_its_log(runs, monkeypatc
     assert f"{last['test/main/accuracy']:.2%}" in capsys.readouterr().out
 
 
+def test_a_run_does_not_go_on_unnoticed_with_another_module(tmp_path):
+    script, words = tmp_path / "mine.py", ["--n", 1, "--data", "synthetic", "--subset", 256]
+    content = "import os" + SCRIPT.read_text().partition('"""')[2].partition('"""')[2]
+    content = content.replace(
+        "        h =", "        os.getenv('STOP') and os.kill(os.getpid(), 15)\n        h ="
+    )
+
+    def train(text, **environment):
+        script.write_text(text)
+        out = "--epoch", 2, "--out", tmp_path / "runs"
+        return python(script, *words, *out, PYTHONPATH=str(ROOT), **environment)
+
+    assert "after iteration 1" in train(content, STOP="1").stdout
+    again = train(content, STOP="1")
+    assert "after iteration 2" in again.stdout and "changed since" not in again.stdout
+    noted = train(content + "# other now\n", STOP="1")
+    assert "NOTE: mine.py: changed since this run was begun" in noted.stdout
+    refused = train(content.replace('"conv2(ReLU(', '"conv2(LeakyReLU('))
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert "begun with modules that compute 'conv2(ReLU(" in refused.stderr
+    assert "Going on from" in (end := train(content)).stdout and end.returncode == 0
+
+
 def test_tables_curves_and_page_have_it_beside_what_it_is_compared_with(runs, tmp_path):
     """They read the record, and know nothing of the script."""
     said = {}
