@@ -116,7 +116,7 @@ def recorded_data(path: Path | str) -> str | None:
         record = files.read_json(Path(path).with_name("args.json"))
         source = Path(record["starts"][-1]["data"])
         return str(source) if source.exists() else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, files.Unreadable, ValueError, LookupError, TypeError):
         return None
 
 

@@ -21,6 +21,26 @@ LARGEST = 1 << 31  # bytes of a file that is read as a whole
 SEAL = b"\nsha256 of all before: "  # and the digest end a saved file
 
 
+class NotPlain(OSError):
+    """A file that is not read: it is no regular file, or larger than ``LARGEST``."""
+
+
+class Unreadable(InputError):
+    """A file that cannot be read, though it may be intact: nothing may take its place.
+
+    Args:
+        path: The file.
+        error: What the system said.
+
+    Attributes:
+        why: That it cannot be read, and why not.
+    """
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        self.path, self.why = path, f"cannot be read ({reason(error)})"
+        super().__init__(f"{path}: {self.why}; legal: a readable file")
+
+
 @contextlib.contextmanager
 def whole(path: Path | str) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name once the body has succeeded.
@@ -57,14 +77,31 @@ def read(path: Path) -> bytes:
     """Content of a regular file; a pipe or a device might never end.
 
     Raises:
-        OSError: It is none, or larger than ``LARGEST``, or cannot be read.
+        NotPlain: It is none, or larger than ``LARGEST``.
+        OSError: It cannot be read.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise NotPlain(errno.EINVAL, "not a regular file", str(path))
     if status.st_size > LARGEST:
-        raise OSError(errno.EFBIG, f"larger than {LARGEST:,} bytes", str(path))
+        raise NotPlain(errno.EFBIG, f"larger than {LARGEST:,} bytes", str(path))
     return Path(path).read_bytes()
+
+
+def read_ours(path: Path) -> bytes:
+    """As ``read``, of a file that this project wrote.
+
+    Raises:
+        FileNotFoundError: There is none.
+        NotPlain: It is no regular file, or larger than ``LARGEST``.
+        Unreadable: It is there, and cannot be read.
+    """
+    try:
+        return read(path)
+    except (FileNotFoundError, NotPlain):
+        raise
+    except OSError as error:
+        raise Unreadable(path, error) from None
 
 
 def seal(content: bytes) -> bytes:
@@ -77,9 +114,9 @@ def read_sealed(path: Path) -> tuple[bytes, bool]:
 
     Raises:
         ValueError: It has changed since.
-        OSError: As ``read``.
+        OSError, Unreadable: As ``read_ours``.
     """
-    content = read(path)
+    content = read_ours(path)
     body, mark, _ = content.rpartition(SEAL)
     if not mark:
         return content, False
@@ -91,7 +128,7 @@ def read_sealed(path: Path) -> tuple[bytes, bool]:
 def digest(folder: Path, run: dict) -> str:
     """Compute the sha256 of a run folder's log and of what the run is."""
     words = json.dumps(run, sort_keys=True).encode()
-    return hashlib.sha256(read(folder / "log") + words).hexdigest()
+    return hashlib.sha256(read_ours(folder / "log") + words).hexdigest()
 
 
 def check_digest(folder: Path) -> None:
@@ -108,7 +145,7 @@ def check_digest(folder: Path) -> None:
 
 @contextlib.contextmanager
 def parsing() -> Iterator[None]:
-    """Turn whatever the body raises into a ``ValueError`` of one line.
+    """Turn whatever the body raises, but ``Unreadable``, into a ``ValueError`` of one line.
 
     A damaged or hostile file can make a library raise anything, or warn of it in its own words.
     """
@@ -116,6 +153,8 @@ def parsing() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except Unreadable:
+        raise
     except Exception as error:
         raise ValueError(reason(error)) from None
 
@@ -125,13 +164,12 @@ def read_json(path: Path) -> object:
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: It cannot be read, or is not JSON.
+        ValueError: It is not JSON, or ``NotPlain``.
+        Unreadable: It is there, and cannot be read.
     """
     try:
-        content = read(path)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
+        content = read_ours(path)
+    except NotPlain as error:
         raise ValueError(reason(error)) from None
     with parsing():
         return json.loads(content)

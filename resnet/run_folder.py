@@ -52,7 +52,7 @@ def read_starts(folder: Path, identity: dict) -> list[dict]:
     """Read what args.json says of the processes that worked in ``folder`` before this one.
 
     Raises:
-        InputError: It is damaged, or the folder is of another run.
+        InputError: It is damaged or cannot be read, or the folder is of another run.
     """
     path = folder / "args.json"
     try:
@@ -82,13 +82,15 @@ def write_record(folder: Path, identity: dict, starts: list[dict], done: bool = 
 
 
 def saved_blocks(folder: Path) -> weights.Description | None:
-    """Read what the blocks.h5 of a run folder holds; None where it is missing, or damaged."""
+    """Read what the blocks.h5 of a run folder holds; None where it is missing, or damaged.
+
+    Raises:
+        InputError: It may be intact: it cannot be read, or its network computed something else.
+    """
     path = folder / "blocks.h5"
     try:
         return weights.describe(path) if path.exists() else None
-    except weights.OtherFormula:
-        raise
-    except InputError as error:
+    except weights.Damaged as error:
         print(f"warning: {error}; it will be written again", file=sys.stderr)
         return None
 
@@ -144,6 +146,7 @@ def check_kept_log(folder: Path, evaluation: str, iterations: int) -> None:
     Raises:
         FileNotFoundError: It is not there.
         ValueError: It is no log, ends elsewhere than at ``iterations``, or its digest differs.
+        Unreadable: It may be intact.
     """
     check_log(files.read_json(folder / "log"), evaluation, iterations)
     files.check_digest(folder)
@@ -210,7 +213,11 @@ class Snapshots(training.Extension):
         return sorted(found, key=_iteration, reverse=True)
 
     def resume_newest(self, trainer) -> Path | None:
-        """Go on from the newest snapshot that is intact; name each damaged one on stderr."""
+        """Go on from the newest snapshot that is intact; name each damaged one on stderr.
+
+        Raises:
+            InputError: A newer one cannot be read, or is of another run.
+        """
         paths = self.files()
         for path, before in itertools.zip_longest(paths, paths[1:]):
             try:
@@ -227,7 +234,7 @@ class Snapshots(training.Extension):
         """Go on from the snapshot ``path``.
 
         Raises:
-            InputError: It is missing, damaged, no snapshot, or of another run.
+            InputError: It is missing, damaged, unreadable, no snapshot, or of another run.
         """
         legal = "legal: a snapshot_iter_N.npz"
         if not path.is_file():
@@ -254,7 +261,7 @@ class Snapshots(training.Extension):
         """The arrays of a snapshot, as they were saved, of a run like this one.
 
         Raises:
-            InputError: It is of another run, or no snapshot.
+            InputError: It is of another run, no snapshot, or cannot be read.
             ValueError: It is damaged.
         """
         with files.parsing():

@@ -349,7 +349,7 @@ class Run:
         """Write the log of a complete run again, from a snapshot, where it has changed.
 
         Raises:
-            InputError: No snapshot holds it.
+            InputError: It or a snapshot cannot be read, or no snapshot holds it.
         """
         path, iterations = self.folder / "log", self.schedule.iterations
         try:

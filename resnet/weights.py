@@ -59,8 +59,8 @@ class Description:
     version: str = __version__
 
 
-class OtherFormula(InputError):
-    """Weights of an architecture from when it computed something else."""
+class Damaged(InputError):
+    """A file that is no longer what was saved, or never was one of ours."""
 
 
 def save(path: Path | str, network: Network, description: Description, mean: np.ndarray) -> None:
@@ -115,8 +115,8 @@ def describe(path: Path | str) -> Description:
     """Read what the weights in ``path`` are.
 
     Raises:
-        InputError: The file is missing, damaged or none of ours, or its network computed something
-            else (``OtherFormula``).
+        Damaged: The file is damaged or none of ours.
+        InputError: It is missing or cannot be read, or its network computed something else.
     """
     with _open(path) as file:
         return _describe(file, path)
@@ -178,7 +178,7 @@ def restore(path: Path | str) -> tuple[Network, Description]:
 
 @contextlib.contextmanager
 def _open(path: Path | str) -> Iterator[h5py.File]:
-    """The HDF5 file; whatever is found to be wrong with it becomes an ``InputError``."""
+    """The HDF5 file; whatever is found to be wrong with it becomes ``Damaged``."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; legal: blocks.h5 of a run")
@@ -192,7 +192,7 @@ def _open(path: Path | str) -> Iterator[h5py.File]:
     except InputError:
         raise
     except Exception as error:  # of a damaged file HDF5 and h5py can raise anything
-        raise InputError(
+        raise Damaged(
             f"{path}: damaged, or no file of ours: {reason(error)}; legal: blocks.h5 of a run"
         ) from None
 
@@ -277,7 +277,7 @@ def _describe(file: h5py.File, path: Path | str) -> Description:
             raise ValueError(f"n = {found['n']}, but cannot read {name} with so many modules")
     formula = ARCHITECTURES[found["architecture"]].formula
     if (written := str(file.attrs.get("module", formula))) != formula:
-        raise OtherFormula(
+        raise InputError(
             f"{path}: holds a {found['architecture']} of '{written}', legal: of '{formula}'"
         )
     return Description(**found)

@@ -1,5 +1,6 @@
 """What the tests share: a small data set, and runs through the real command line."""
 
+import errno
 import json
 import os
 import random
@@ -187,6 +188,18 @@ def interrupted_run(dataset, out, monkeypatch, iteration=5):
         stop_after(patch, iteration)
         run.train()
     return make_run(dataset, out, "--snapshot-interval", "0")
+
+
+def deny(monkeypatch, denied):
+    """Let the system refuse to read a file; root may read whatever its mode is."""
+    read = Path.read_bytes
+
+    def refused(path):
+        if path == denied:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
 
 
 def flips(path, count=200):

@@ -1,15 +1,17 @@
 """Images as a network sees them, whatever their files are."""
 
+import json
 import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
+from conftest import deny
 from PIL import Image
 
 from resnet.command import InputError
-from resnet.evaluate import read_image
+from resnet.evaluate import read_image, recorded_data
 
 
 def ramp(most, dtype):
@@ -122,3 +124,13 @@ def test_no_format_that_starts_a_program_is_read(tmp_path):
     Image.fromarray(EIGHT).save(path)
     with pytest.raises(InputError, match="not a readable image"):
         read_image(path)
+
+
+def test_without_a_record_that_can_be_read_nobody_knows_where_the_images_were(
+    tmp_path, monkeypatch
+):
+    record = tmp_path / "args.json"
+    record.write_text(json.dumps({"starts": [{"data": str(tmp_path)}]}))
+    assert recorded_data(tmp_path / "blocks.h5") == str(tmp_path)
+    deny(monkeypatch, record)
+    assert recorded_data(tmp_path / "blocks.h5") is None

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, flips, make_run
+from conftest import ROOT, deny, flips, make_run
 
 from resnet import files
 from resnet.command import InputError
@@ -101,3 +101,13 @@ def test_json_that_cannot_be_read_is_one_line(tmp_path):
         assert type(error.value) is ValueError and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="not a regular file"):
         files.read_json(tmp_path)
+
+
+def test_what_cannot_be_read_is_not_taken_for_damage(tmp_path, monkeypatch):
+    path = tmp_path / "args.json"
+    path.write_text("{}")
+    deny(monkeypatch, path)
+    message = f"^{path}: cannot be read \\(Permission denied\\); legal: a readable file$"
+    for read in (files.read_json, files.read_sealed):
+        with pytest.raises(InputError, match=message), files.parsing():
+            read(path)

@@ -7,7 +7,7 @@ import chainer
 import numpy as np
 import pytest
 from chainer import functions as F
-from conftest import read_blocks
+from conftest import deny, read_blocks
 
 from resnet import extensions, flags, functions, partial_training, training, weights
 from resnet.command import InputError
@@ -141,6 +141,19 @@ def test_damaged_logs_of_a_complete_training_are_written_again(finished, capsys,
     finished.train()
     assert [path.read_bytes() for path in paths] == before
     assert "already complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["stage1/log", "stage2/args.json", "log"])
+def test_no_log_is_joined_without_what_cannot_be_read(finished, monkeypatch, where):
+    before = (finished.folder / "log").read_bytes()
+    with monkeypatch.context() as patch:
+        deny(patch, finished.folder / where)
+        with pytest.raises(InputError, match=f"{where}: cannot be read"):
+            finished.train()
+        if where != "log":
+            with pytest.raises(InputError, match=f"{where}: cannot be read"):
+                finished.join()
+    assert (finished.folder / "log").read_bytes() == before
 
 
 def test_distances_of_the_present_blocks_are_logged(finished):

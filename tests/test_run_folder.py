@@ -8,7 +8,7 @@ from pathlib import Path
 import chainer
 import numpy as np
 import pytest
-from conftest import flips, interrupted_run, make_run, read_log, stop_after
+from conftest import deny, flips, interrupted_run, make_run, read_log, stop_after
 
 from plots import logs
 from resnet import files, network, run_folder
@@ -147,6 +147,54 @@ def test_without_an_intact_snapshot_training_begins_anew(
     run.train()
     assert "beginning anew, as there is no other" in capsys.readouterr().err
     assert read_log(run.folder) == read_log(finished.folder)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+
+
+@pytest.mark.parametrize("words", [(), ("--resume", "snapshot_iter_5.npz")], ids=["", "resume"])
+def test_a_snapshot_that_cannot_be_read_stops_training_and_nothing_is_overwritten(
+    dataset, tmp_path, monkeypatch, words
+):
+    """It may be intact, and what training would go on from instead is behind it."""
+    run = interrupted_run(dataset, tmp_path, monkeypatch)
+    newest = run.folder / "snapshot_iter_5.npz"
+    before = contents(run.folder)
+    words = [run.folder / word if word == newest.name else word for word in words]
+    with monkeypatch.context() as patch:
+        deny(patch, newest)
+        with pytest.raises(
+            InputError, match=f"{newest}: cannot be read .Permission denied.; legal"
+        ):
+            make_run(dataset, tmp_path, *map(str, words)).train()
+    assert contents(run.folder) == before
+
+
+@pytest.mark.parametrize("name", ["args.json", "blocks.h5", "log"])
+def test_a_complete_run_of_which_a_file_cannot_be_read_is_left_as_it_is(
+    finished, monkeypatch, name
+):
+    before = contents(finished.folder)
+    with monkeypatch.context() as patch:
+        deny(patch, finished.folder / name)
+        with pytest.raises(InputError, match=f"{name}: cannot be read .Permission denied.; legal"):
+            finished.train()
+    assert contents(finished.folder) == before
+
+
+def test_no_log_is_given_up_while_its_snapshot_cannot_be_read(finished, monkeypatch):
+    (finished.folder / "log").write_bytes(b"")
+    deny(monkeypatch, finished.folder / "snapshot_iter_8.npz")
+    with pytest.raises(InputError, match=r"snapshot_iter_8\.npz: cannot be read"):
+        finished.train()
+
+
+def test_what_is_no_file_in_the_place_of_the_blocks_is_refused_before_training(dataset, tmp_path):
+    run = make_run(dataset, tmp_path)
+    (run.folder / "blocks.h5").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"blocks\.h5: no such file; legal"):
+        run.train()
 
 
 def test_an_interrupted_write_leaves_the_older_snapshot(dataset, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import ctypes
 
 import numpy as np
 import pytest
+from conftest import deny
 from llvmlite import ir
 
 from resnet.backends.cpu import onednn, vectors
@@ -44,6 +45,12 @@ def test_code_is_compiled_once_and_again_where_it_was_damaged(tmp_path):
         kept.write_bytes(damaged)
         assert vectors.object_code(triple, "triple", tmp_path) == code
         assert kept.read_bytes() == whole
+
+
+def test_code_is_compiled_again_where_what_is_kept_cannot_be_read(tmp_path, monkeypatch):
+    code = vectors.object_code(triple, "triple", tmp_path)
+    deny(monkeypatch, *tmp_path.iterdir())
+    assert vectors.object_code(triple, "triple", tmp_path) == code
 
 
 def test_code_is_compiled_where_nothing_can_be_kept(tmp_path):

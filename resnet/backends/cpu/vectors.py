@@ -166,7 +166,7 @@ def object_code(build: Callable[[int], ir.Module], made_of: object, folder: Path
     made_of = made_of, Path(__file__).read_bytes(), numba.__version__, llvm.llvm_version_info
     name = hashlib.sha256(repr((made_of, processor())).encode()).hexdigest()
     kept = folder / f"vectors.{name[:32]}.o"
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged
+    with contextlib.suppress(OSError, ValueError, files.Unreadable):  # not there yet, or of no use
         code, is_whole = files.read_sealed(kept)
         if is_whole:
             return code
