@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from plots.runs import NAMES, Group, Run
@@ -63,7 +63,7 @@ IDENTITY = {  # what the plots need of ``run`` in args.json
 def read(paths: Sequence[Path | str]) -> list[Group]:
     """Read the runs under ``paths`` and put those that differ only in the seed together.
 
-    A log that cannot be read is named on stderr and left out.
+    A log or folder that cannot be read is named on stderr and left out.
 
     Args:
         paths: Run folders, folders that hold run folders at any depth, or log files.
@@ -72,9 +72,13 @@ def read(paths: Sequence[Path | str]) -> list[Group]:
         InputError: A path does not exist, or there is no readable log at all.
     """
     found: dict[str, Run] = {}
-    for path in {log.resolve(): log for given in paths for log in _find(given)}.values():
+    every = (log for given in paths for log in _find(given, _skip_folder))
+    for path in {log.resolve(): log for log in every}.values():
         try:
             run = read_run(path)
+        except files.Unreadable as error:
+            _skip(path, f"{error.path.name} {error.why}")
+            continue
         except (ValueError, OSError) as error:
             _skip(path, str(error))
             continue
@@ -121,13 +125,18 @@ def stamps(paths: Sequence[Path]) -> dict[Path, int]:
     return {log: log.stat().st_mtime_ns for log in found if log.exists()}
 
 
-def _find(path: Path | str) -> Iterable[Path]:
-    """Log files at or under ``path``; a run folder is not searched further."""
+def _find(path: Path | str, refused: Callable[[OSError], None] | None = None) -> Iterable[Path]:
+    """Log files at or under ``path``; a run folder is not searched further.
+
+    Args:
+        path: A log, or a folder.
+        refused: Told of each folder that cannot be read.
+    """
     path = Path(path)
     if path.is_file():
         yield path
     elif path.is_dir():
-        for folder, folders, names in os.walk(path):
+        for folder, folders, names in os.walk(path, onerror=refused):
             folders.sort()
             if "log" in names or "args.json" in names:
                 folders.clear()
@@ -140,12 +149,16 @@ def _skip(path: Path, reason: str) -> None:
     print(command.one_line(f"skipped {path}: {reason}"), file=sys.stderr)
 
 
+def _skip_folder(error: OSError) -> None:
+    _skip(Path(error.filename), f"cannot be read ({command.reason(error)})")
+
+
 def read_run(log: Path | str) -> Run:
     """Read a log and the args.json beside it, if there is one.
 
     Raises:
         ValueError: One of them is not what training writes.
-        OSError: It cannot be opened.
+        Unreadable: One of them is there, and cannot be read.
     """
     log = Path(log)
     try:

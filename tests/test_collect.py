@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, deny, python
 from PIL import Image, ImageOps
 
 sys.path.insert(0, str(ROOT))
@@ -44,6 +44,13 @@ def kept(clean, tmp_path_factory):
 @pytest.fixture
 def measured(kept, tmp_path):
     return shutil.copytree(kept, tmp_path / "measured")
+
+
+def test_a_kept_run_that_cannot_be_read_is_not_to_be_removed(kept, clean, monkeypatch):
+    log = kept / "cifar10/resnet-20-seed0/log"
+    deny(monkeypatch, log)
+    with pytest.raises(InputError, match=f"^{log}: cannot be read .*; legal: a readable file$"):
+        collect.add([clean], kept / "cifar10")
 
 
 def test_complete_runs_are_kept_without_paths_and_drawn(clean, kept):

@@ -17,7 +17,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, deny, python
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 
@@ -197,6 +197,39 @@ def test_damaged_and_foreign_logs_are_named_and_left_out(capsys):
     ):
         (line,) = [line for line in lines if f"{name}/log" in line]
         assert reason in line
+
+
+@pytest.mark.parametrize("name", ["log", "args.json"])
+def test_a_run_that_cannot_be_read_is_left_out_with_the_right_reason(
+    tmp_path, monkeypatch, capsys, name
+):
+    for seed in "01":
+        copy_run(f"resnet-20-seed{seed}", tmp_path / seed)
+    deny(monkeypatch, tmp_path / "0" / name)
+    (group,) = logs.read([tmp_path])
+    assert [run.path.name for run in group.runs] == ["1"]
+    said = f"skipped {tmp_path}/0/log: {name} cannot be read (Permission denied)\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("denied", ["kept", "kept/0"])
+def test_a_folder_that_cannot_be_read_is_named_and_left_out(tmp_path, monkeypatch, capsys, denied):
+    copy_run("resnet-20-seed0", tmp_path / "kept/0")
+    copy_run("resnet-20-seed1", tmp_path / "1")
+    scan = os.scandir
+
+    def refused(folder):
+        if Path(folder) == tmp_path / denied:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    (group,) = logs.read([tmp_path])
+    assert [run.path.name for run in group.runs] == ["1"]
+    said = f"skipped {tmp_path / denied}: cannot be read (Permission denied)\n"
+    assert capsys.readouterr().err == said
+    assert [log.parent.name for log in logs.stamps([tmp_path])] == ["1"]
+    assert not capsys.readouterr().err
 
 
 def test_the_same_run_twice_counts_once(tmp_path, capsys):
