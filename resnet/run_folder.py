@@ -85,7 +85,7 @@ def saved_blocks(folder: Path) -> weights.Description | None:
     """Read what the blocks.h5 of a run folder holds; None where it is missing, or damaged.
 
     Raises:
-        InputError: It may be intact: it cannot be read, or its network computed something else.
+        InputError: It may be intact: it cannot be read, or its network is none of today's.
     """
     path = folder / "blocks.h5"
     try:

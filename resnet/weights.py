@@ -116,7 +116,8 @@ def describe(path: Path | str) -> Description:
 
     Raises:
         Damaged: The file is damaged or none of ours.
-        InputError: It is missing or cannot be read, or its network computed something else.
+        InputError: It is missing or cannot be read, or its network is none that is registered, or
+            computed something else.
     """
     with _open(path) as file:
         return _describe(file, path)
@@ -249,7 +250,7 @@ def _each(read):
 
 
 ATTRIBUTES = {
-    "architecture": _one_of(ARCHITECTURES),
+    "architecture": _text,
     "n": _whole(1),
     "dataset": _text,
     "classes": _each(_text),
@@ -275,6 +276,11 @@ def _describe(file: h5py.File, path: Path | str) -> Description:
     for name in set(found["groups"]) & set(BLOCKS):
         if len(_own(file, name)) != found["n"]:
             raise ValueError(f"n = {found['n']}, but cannot read {name} with so many modules")
+    if found["architecture"] not in ARCHITECTURES:
+        raise InputError(
+            f"{path}: holds '{found['architecture']}', which is not registered; "
+            f"legal: {', '.join(ARCHITECTURES)}, or import the script that defines it"
+        )
     formula = ARCHITECTURES[found["architecture"]].formula
     if (written := str(file.attrs.get("module", formula))) != formula:
         raise InputError(

@@ -72,6 +72,15 @@ def test_a_run_does_not_go_on_unnoticed_with_another_module(tmp_path):
     assert "Going on from" in (end := train(content)).stdout and end.returncode == 0
 
 
+@pytest.mark.parametrize("module", ["evaluate", "pretrained"])
+def test_without_its_script_a_command_says_that_it_is_not_registered(runs, module):
+    done = python("-m", f"resnet.{module}", runs / "preact-8-seed0")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line.startswith(f"error: {runs}/preact-8-seed0/blocks.h5: holds 'preact', which is not ")
+    assert line.endswith("or import the script that defines it")
+
+
 def test_tables_curves_and_page_have_it_beside_what_it_is_compared_with(runs, tmp_path):
     """They read the record, and know nothing of the script."""
     said = {}

@@ -239,7 +239,7 @@ def of_an_unknown_architecture(path):
         (with_a_block_of_another_shape, "fc/W: found float32 (100, 64), legal: float32 (10, 64)"),
         (with_a_foreign_attribute, "a foreign attribute"),
         (without_a_mean, "cannot read mean"),
-        (of_an_unknown_architecture, "found 'densenet', legal: plain, resnet, resresnet"),
+        (of_an_unknown_architecture, "holds 'densenet', which is not registered; legal: plain, re"),
     ],
     ids=["missing", "folder", "text", "empty", "first 1000 bytes", "last byte missing",
          "something else", "block missing", "other shape", "foreign attribute", "no mean",
@@ -408,3 +408,10 @@ def test_weights_of_an_architecture_that_computed_something_else_are_refused(tmp
     for read in (weights.restore, lambda path: run_folder.saved_blocks(path.parent)):
         with pytest.raises(InputError, match="holds a resresnet of 'something else', legal: of"):
             read(path)
+
+
+def test_intact_weights_of_an_architecture_that_is_not_registered_are_not_written_again(saved):
+    path, _ = saved
+    of_an_unknown_architecture(path)
+    with pytest.raises(InputError, match="'densenet', which is not registered; legal: plain"):
+        run_folder.saved_blocks(path.parent)
