@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from resnet import command, files, flags, record, run_folder
 from resnet.command import STOPPED, InputError
-from resnet.network import depth
+from resnet.network import ARCHITECTURES, depth
 from resnet.stopping import StopRequest
 
 SCRIPTS = {
@@ -72,6 +72,12 @@ class Training:
         for name, value in self.choices.items():
             words += [f"--{name}"] if value is True else [f"--{name}", value]
         return list(map(str, words))
+
+    @property
+    def blocks(self) -> dict:
+        """What its blocks.h5 holds."""
+        architecture = self.net if self.net in ARCHITECTURES else "resnet"  # of partial training
+        return {"architecture": architecture, "n": self.n, "seed": self.seed}
 
 
 def three(n: int, shorten: int = 4) -> tuple[Training, ...]:
@@ -182,9 +188,9 @@ class Trainer:
             child.send_signal(number)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a run folder holds the blocks that are saved at the end, intact."""
-    return run_folder.saved_blocks(folder) is not None
+def is_complete(training: Training, out: Path) -> bool:
+    """Whether its run folder in ``out`` holds the blocks that are saved at the end, intact."""
+    return run_folder.has_blocks(out / training.name, training.blocks)
 
 
 def is_taken(folder: Path) -> bool:
@@ -211,7 +217,7 @@ def train_all(wanted: list[Training], out: Path, passed_on: list[str], at_once: 
     finally:
         trainer.stop()
     if trainer.stopped:
-        done = sum(is_complete(out / every.name) for every in wanted)
+        done = sum(is_complete(every, out) for every in wanted)
         print(f"stopped with {done} of {len(wanted)} complete; the same command goes on")
         sys.exit(STOPPED)
     if taken:
@@ -227,7 +233,7 @@ def _train(wanted: list[Training], out: Path, passed_on: list[str], trainer: Tra
     while waiting or not trainer.is_idle:
         if waiting and not trainer.is_full and not trainer.stopped:
             number, each = waiting.pop(0)
-            if is_complete(out / each.name):
+            if is_complete(each, out):
                 continue
             words = [str(scripts / each.words[0]), *each.words[1:], "--out", str(out), *passed_on]
             print(f"== {number} of {len(wanted)}: python {shlex.join(words)}", flush=True)
@@ -278,7 +284,7 @@ def main() -> None:
     wanted = trainings(args.full)
     if args.list:
         for each in wanted:
-            done = "complete" if is_complete(args.out / each.name) else ""
+            done = "complete" if is_complete(each, args.out) else ""
             print(f"{done:8}  {args.out / each.name}  python experiments/{shlex.join(each.words)}")
         return
     state = record.git_state()

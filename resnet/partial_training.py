@@ -83,6 +83,7 @@ class PartialTraining:
             stream=seed + (number << 32),  # other batches than the stage before
             build=partial(self.build, number),
             extend=partial(self.extend, number),
+            groups=tuple(name for name in GROUPS if name in ("conv1", *self.present(number), "fc")),
         )
 
     def present(self, number: int) -> tuple[str, ...]:
@@ -161,8 +162,7 @@ class PartialTraining:
 
     def is_complete(self) -> bool:
         """Tell whether the folder holds the blocks of the last stage, intact."""
-        found = run_folder.saved_blocks(self.folder)
-        return found is not None and found.groups == GROUPS
+        return self.stages[-1].has_saved(self.folder)
 
     def repair_log(self) -> None:
         """Join the logs of the stages again where the whole one has changed."""

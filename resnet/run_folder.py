@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -81,18 +82,36 @@ def write_record(folder: Path, identity: dict, starts: list[dict], done: bool = 
     files.write_json(folder / "args.json", {"run": identity, "starts": starts, **digest})
 
 
-def saved_blocks(folder: Path) -> weights.Description | None:
-    """Read what the blocks.h5 of a run folder holds; None where it is missing, or damaged.
+def has_blocks(folder: Path, wanted: dict) -> bool:
+    """Tell whether a run folder holds blocks.h5, intact.
+
+    Args:
+        folder: The run folder.
+        wanted: What the run writes there, of the attributes of ``weights.Description``.
 
     Raises:
-        InputError: It may be intact: it cannot be read, or its network is none of today's.
+        InputError: It is of another run, or may be: it cannot be read, or its network is none of
+            today's.
     """
     path = folder / "blocks.h5"
+    if not path.exists():
+        return False
     try:
-        return weights.describe(path) if path.exists() else None
+        found = asdict(weights.describe(path))
     except weights.Damaged as error:
         print(f"warning: {error}; it will be written again", file=sys.stderr)
-        return None
+        return False
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise InputError(
+                f"{path}: of another run, holds {name} = {_words(found[name])}; "
+                f"legal here: {name} = {_words(value)}, or no such file"
+            )
+    return True
+
+
+def _words(value: object) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def refuse_other_run(where: str, found: dict, wanted: dict) -> None:

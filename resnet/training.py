@@ -32,7 +32,7 @@ from resnet import (
 )
 from resnet.batches import Batches, Images
 from resnet.command import STOPPED, USAGE, InputError, clock, reason, unheard
-from resnet.network import ARCHITECTURES, DEPTHS, Network, depth
+from resnet.network import ARCHITECTURES, DEPTHS, GROUPS, Network, depth
 from resnet.parallel import ALONE, Processes
 from resnet.stopping import StopRequest, UntilDone
 from resnet.updater import Updater
@@ -226,6 +226,7 @@ class Run:
         stream: Seed of order and augmentation.
         build: Makes the network with its initial weights, on the CPU.
         extend: Adds extensions of its own to a trainer; they run before the log is written.
+        groups: The groups of Table I that the network has.
     """
 
     setting: Setting
@@ -236,6 +237,7 @@ class Run:
     stream: int
     build: Callable[[], Network]
     extend: Callable[[training.Trainer], None] = lambda trainer: None
+    groups: tuple[str, ...] = GROUPS
 
     def train(self) -> None:
         """Train to the end, from the newest snapshot if there is one, and save the blocks."""
@@ -334,8 +336,17 @@ class Run:
 
     def is_complete(self) -> bool:
         """Tell whether the run folder holds the blocks of the last iteration, intact."""
-        found = run_folder.saved_blocks(self.folder)
-        return found is not None and found.iteration >= self.schedule.iterations
+        return self.has_saved(self.folder)
+
+    def has_saved(self, folder: Path) -> bool:
+        """Tell whether ``folder`` holds the blocks of this run's last iteration, intact.
+
+        Raises:
+            InputError: It holds those of another run, or none that can be read.
+        """
+        wanted = {name: self.identity[name] for name in ("architecture", "n", "seed")}
+        wanted |= {"dataset": self.setting.dataset.name, "groups": self.groups}
+        return run_folder.has_blocks(folder, wanted | {"iteration": self.schedule.iterations})
 
     def _refuse_other_formula(self, starts: list[dict], start: dict) -> None:
         found = [each["formula"] for each in starts if "formula" in each]

@@ -1,6 +1,7 @@
 """The list of trainings that the claims need: skipped, stopped, shared and gone on with."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,17 @@ def test_the_list_is_trained_in_order_and_skipped_when_it_is_complete(tmp_path):
     assert (again.returncode, again.stdout) == (0, f"all 2 complete in {tmp_path}\n")
     listed = python(*words(tmp_path, SHORT, LONG), "--list").stdout.splitlines()
     assert [line.startswith("complete") for line in listed] == [True, False]
+
+
+def test_blocks_of_another_run_are_not_taken_for_the_wanted_ones(tmp_path):
+    done = python(*words(tmp_path, SHORT))
+    assert done.returncode == 0, done.stderr
+    deeper = "plain-14-shorten32000-seed0"
+    shutil.copytree(tmp_path / "plain-8-shorten32000-seed0", tmp_path / deeper)
+    done = python(*words(tmp_path, SHORT.replace("1", "2", 1)))
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line.startswith(f"error: {tmp_path}/{deeper}/blocks.h5: of another run, holds n = 1; ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -156,6 +156,24 @@ def test_no_log_is_joined_without_what_cannot_be_read(finished, monkeypatch, whe
     assert (finished.folder / "log").read_bytes() == before
 
 
+def test_blocks_of_another_stage_or_run_make_nothing_complete(dataset, finished, tmp_path):
+    first, second, last = finished.stages
+    path = second.folder / "blocks.h5"
+    path.write_bytes((first.folder / "blocks.h5").read_bytes())
+    with pytest.raises(
+        InputError, match=f"{path}: of another run, holds groups = conv1, conv., fc"
+    ):
+        finished.train()
+    other = make(dataset, tmp_path, "--seed", "1", order=finished.order)
+    assert not other.is_complete()
+    other.folder.mkdir()
+    shutil.copy(last.folder / "blocks.h5", other.folder)
+    with pytest.raises(
+        InputError, match=r"seed1/blocks\.h5: of another run, holds seed = 0; legal"
+    ):
+        other.train()
+
+
 def test_distances_of_the_present_blocks_are_logged(finished):
     log = json.loads((finished.folder / "log").read_text())
     first, new = finished.present(2)

@@ -10,6 +10,7 @@ from conftest import make_run, read_blocks, read_log
 
 from resnet import flags, training, weights
 from resnet.command import InputError
+from resnet.network import ARCHITECTURES, GROUPS
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -61,6 +62,40 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(dataset, finish
     other = make_run(dataset, tmp_path, "--seed", "1")
     other.train()
     assert read_log(other.folder) != read_log(finished.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "holds", "asked"),
+    [
+        ({"architecture": "plain"}, "architecture = plain", "architecture = resnet"),
+        ({"n": 2}, "n = 2", "n = 1"),
+        ({"seed": 7}, "seed = 7", "seed = 0"),
+        ({"dataset": "CIFAR-10"}, "dataset = CIFAR-10", "dataset = tiny"),
+        ({"iteration": 9}, "iteration = 9", "iteration = 8"),
+        ({"iteration": 7}, "iteration = 7", "iteration = 8"),
+        (
+            {"groups": GROUPS[1:]},
+            "groups = conv2, conv3, conv4, fc",
+            f"groups = {', '.join(GROUPS)}",
+        ),
+    ],
+    ids=str,
+)
+def test_blocks_of_another_run_make_no_run_complete_and_are_kept(finished, change, holds, asked):
+    path = finished.folder / "blocks.h5"
+    found = replace(weights.describe(path), **change)
+    network = ARCHITECTURES[found.architecture](found.n)
+    weights.save(path, network, found, weights.read_mean(path))
+    before = path.read_bytes()
+    with pytest.raises(InputError) as error:
+        finished.train()
+    assert str(error.value) == (
+        f"{path}: of another run, holds {holds}; legal here: {asked}, or no such file"
+    )
+    assert path.read_bytes() == before
+    path.unlink()
+    finished.train()
+    assert finished.is_complete()
 
 
 def test_damaged_blocks_of_a_complete_run_are_written_again(finished, capsys):

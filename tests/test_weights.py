@@ -405,7 +405,7 @@ def test_weights_of_an_architecture_that_computed_something_else_are_refused(tmp
         before = dataclasses.replace(ARCHITECTURES["resresnet"], formula="something else")
         patch.setitem(ARCHITECTURES, "resresnet", before)
         weights.save(path, trained("resresnet", 1), describe("resresnet", 1), MEAN)
-    for read in (weights.restore, lambda path: run_folder.saved_blocks(path.parent)):
+    for read in (weights.restore, lambda path: run_folder.has_blocks(path.parent, {})):
         with pytest.raises(InputError, match="holds a resresnet of 'something else', legal: of"):
             read(path)
 
@@ -414,4 +414,4 @@ def test_intact_weights_of_an_architecture_that_is_not_registered_are_not_writte
     path, _ = saved
     of_an_unknown_architecture(path)
     with pytest.raises(InputError, match="'densenet', which is not registered; legal: plain"):
-        run_folder.saved_blocks(path.parent)
+        run_folder.has_blocks(path.parent, {})
