@@ -95,20 +95,34 @@ def check_groups(network: Network) -> None:
 
     Raises:
         ValueError: It has weights or statistics that are in none of its groups, or a link that
-            Chainer does not know of: made outside of ``init_scope``, or part of what is no chain.
+            Chainer does not know of: made outside of ``init_scope``, in a list, tuple, dict or
+            set, or part of what is no chain.
     """
     known = {id(each) for each in (*network.links(), *network.params())}
     for link in network.links():
         for name, value in vars(link).items():
-            if isinstance(value, (chainer.Link, chainer.Parameter)) and id(value) not in known:
+            if any(id(each) not in known for each in _trainable(value)):
                 where = type(link).__name__
                 raise ValueError(f"found {name} of {where}, which no optimizer sees and no file "
-                                 "keeps; legal: made in init_scope of a chainer.Chain")  # fmt: skip
+                                 "keeps; legal: made in init_scope of a chainer.Chain, many in a "
+                                 "chainer.ChainList")  # fmt: skip
     everything = DictionarySerializer()
     everything.save(network)
     inside = tuple(f"{name}/" for name in network.groups)
     if lost := sorted(name for name in everything.target if not name.startswith(inside)):
         raise ValueError(f"found {', '.join(lost)}, legal: all in {', '.join(network.groups)}")
+
+
+def _trainable(value: object) -> Iterator[chainer.Link | chainer.Parameter]:
+    """What is trained: ``value``, or what it holds in plain containers at any depth."""
+    waiting, seen = [value], set()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, (chainer.Link, chainer.Parameter)):
+            yield each
+        elif isinstance(each, (list, tuple, dict, set, frozenset)) and id(each) not in seen:
+            seen.add(id(each))  # one may hold itself
+            waiting += each.values() if isinstance(each, dict) else each
 
 
 def describe(path: Path | str) -> Description:

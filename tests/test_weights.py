@@ -99,6 +99,31 @@ def test_a_link_that_chainer_does_not_know_of_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda link: [link],
+        lambda link: (3, link),
+        lambda link: {"a": link},
+        lambda link: {link},
+        lambda link: [{"a": (frozenset([link]),)}],
+        lambda link: [link.W],
+    ],
+    ids=["list", "tuple", "dict", "set", "nested", "parameter"],
+)
+def test_links_in_a_plain_container_are_refused_where_chainer_does_not_know_them(tmp_path, hold):
+    net = trained()
+    module = net.conv2[0]
+    module.sq = hold(module.conv1)  # another name for what is trained and saved
+    module.sq_too = [module.conv2]
+    module.sq_too.append(module.sq_too)
+    weights.check_groups(net)
+    module.sq = hold(L.Linear(16, 16))
+    with pytest.raises(ValueError, match=r"found sq of ResidualModule, .* chainer\.ChainList"):
+        weights.save(tmp_path / "blocks.h5", net, describe(), MEAN)
+    assert not list(tmp_path.iterdir())
+
+
 def test_file_says_what_it_holds_to_any_hdf5_reader(saved):
     path, net = saved
     with h5py.File(path) as file:
