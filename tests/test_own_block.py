@@ -72,6 +72,19 @@ def test_a_run_does_not_go_on_unnoticed_with_another_module(tmp_path):
     assert "Going on from" in (end := train(content)).stdout and end.returncode == 0
 
 
+def test_training_refuses_to_begin_where_a_link_would_be_lost(tmp_path):
+    made = "self.bn2 = Normalization(channels)\n"
+    script = tmp_path / "mine.py"
+    lost = f"{made}        self.more = [Normalization(channels)]\n        with self.init_scope():\n"
+    script.write_text(SCRIPT.read_text().replace(made, lost))
+    done = python(script, "--n", 1, "--data", "synthetic", "--epoch", 1, "--out", tmp_path,
+                  PYTHONPATH=str(ROOT))  # fmt: skip
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line.startswith("error: architecture 'preact': found more of PreActivatedModule, which")
+    assert not (tmp_path / "preact-8-seed0/log").exists()
+
+
 @pytest.mark.parametrize("module", ["evaluate", "pretrained"])
 def test_without_its_script_a_command_says_that_it_is_not_registered(runs, module):
     done = python("-m", f"resnet.{module}", runs / "preact-8-seed0")
