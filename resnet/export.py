@@ -41,6 +41,7 @@ from resnet.network import BLOCKS, CHANNELS, Network
 
 COUNT = 1000  # images of each kind that a written file is compared on
 TOLERANCE = 1e-4  # of logits: float32 sums in another order
+TORCH_MODULE = Path(__file__).with_name("torch_module.py")
 TORCH = "PyTorch is missing: pip install torch"
 ONNX = "the extra 'export' is missing: pip install onnx onnxruntime"
 TORCH_NAMES = {
@@ -132,7 +133,7 @@ def to_torch(network: Network, mean: np.ndarray) -> dict:
 
 def torch_source(description: weights.Description, path: Path) -> str:
     """The module file that goes with the state dict ``path``."""
-    source = Path(__file__).with_name("torch_module.py").read_text(encoding="utf-8")
+    source = TORCH_MODULE.read_text(encoding="utf-8")
     kind = f'"{description.architecture}", {description.n}, {len(description.classes)}'
     return source + (
         f"\n\nCLASSES = {description.classes!r}\n\n\n"
@@ -276,6 +277,24 @@ def write_onnx(path: Path, model: bytes, compare: Callable[[str, Logits], None])
         compare("ONNX Runtime", in_batches(lambda x: session.run(None, {"images": x})[0]))
 
 
+def check_module_path(path: Path) -> None:
+    """Refuse to write a module over a file that is not such a module.
+
+    Args:
+        path: The state dict that is to be written; the module stands beside it.
+
+    Raises:
+        InputError: It would be lost.
+    """
+    module_path = path.with_suffix(".py")
+    ours = TORCH_MODULE.read_bytes().partition(b"\n")[0]
+    if module_path.exists() and not files.read(module_path).startswith(ours):
+        raise InputError(
+            f"--torch: its module would replace {module_path}, which no export has written; "
+            "legal: another name"
+        )
+
+
 def write_torch(
     path: Path, content: dict, source: str, compare: Callable[[str, Logits], None]
 ) -> Path:
@@ -344,6 +363,8 @@ def main() -> None:
     args = p.parse_args()
     if not (args.onnx or args.torch or args.h5):
         raise InputError("nothing to write; legal: --onnx, --torch or --h5 with a file", USAGE)
+    if args.torch:
+        check_module_path(args.torch)
     if Path(args.source).suffix in (".th", ".pt", ".pth"):
         path = Path(args.source)
         network, description, mean = from_torch(path)

@@ -151,6 +151,25 @@ def test_a_file_that_differs_is_not_written(saved, tmp_path, capsys):
     assert not list(tmp_path.glob("*net*"))
 
 
+def test_a_script_of_the_users_own_is_not_replaced_by_the_module(tmp_path):
+    words = ("-m", "resnet.export", "resnet-20", "--torch", "net.pt", "--h5", "net.h5")
+    (tmp_path / "net.py").write_text("print('mine')\n")
+    done = python(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: --torch: ") and "net.py, which no" in line and "legal: " in line
+    assert {path.name for path in tmp_path.iterdir()} == {"net.py"}
+    assert (tmp_path / "net.py").read_text() == "print('mine')\n"
+
+
+def test_a_module_of_an_earlier_export_is_replaced(tmp_path):
+    path = save("plain", tmp_path)[0]
+    (tmp_path / "net.py").write_text(export.torch_source(weights.describe(path), path))
+    done = python("-m", "resnet.export", "resnet-20", "--torch", "net.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'Network("resnet", 3, 10)' in (tmp_path / "net.py").read_text()
+
+
 class Foreign(nn.Module):
     """A ResNet for CIFAR-10 in akamaster's layout, written from its description alone."""
 
