@@ -277,6 +277,30 @@ def write_onnx(path: Path, model: bytes, compare: Callable[[str, Logits], None])
         compare("ONNX Runtime", in_batches(lambda x: session.run(None, {"images": x})[0]))
 
 
+def check_has_module(path: Path, description: weights.Description) -> None:
+    """Refuse a network that ``resnet/torch_module.py`` cannot be.
+
+    Args:
+        path: Where it is.
+        description: What it is.
+
+    Raises:
+        InputError: It is of another architecture or without some of its blocks, or PyTorch is
+            missing.
+    """
+    legal = _require("resnet.torch_module", TORCH).ARCHITECTURES
+    if description.architecture not in legal:
+        raise InputError(
+            f"--torch: {path} holds {description.architecture}, legal: {', '.join(legal)}; "
+            "--onnx exports every architecture"
+        )
+    if description.groups != networks.GROUPS:
+        raise InputError(
+            f"--torch: {path} holds {', '.join(description.groups)} alone; "
+            "legal: a network with all its blocks"
+        )
+
+
 def check_module_path(path: Path) -> None:
     """Refuse to write a module over a file that is not such a module.
 
@@ -372,6 +396,8 @@ def main() -> None:
         path = pretrained.find(args.source)
         network, description = weights.restore(path)
         mean = weights.read_mean(path)
+    if args.torch:
+        check_has_module(path, description)
     print(f"{path}: {networks.ARCHITECTURES[description.architecture].title}, "
           f"{networks.depth(description.n)} layers")  # fmt: skip
     rng = np.random.RandomState(0)
@@ -401,9 +427,6 @@ def main() -> None:
         write_onnx(args.onnx, to_onnx(network, description, mean), compare)
         print(f"wrote {args.onnx}")
     if args.torch:
-        if description.groups != networks.GROUPS:
-            raise InputError(f"--torch: {path} holds {', '.join(description.groups)} alone; "
-                             "legal: a network with all its blocks")  # fmt: skip
         source = torch_source(description, args.torch)
         module = write_torch(args.torch, to_torch(network, mean), source, compare)
         print(f"wrote {args.torch} and its module {module}: {module.stem}.load()")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+ARCHITECTURES = ("plain", "resnet", "resresnet", "resresnet_twice", "highway")
 EPS = 2e-5  # of Chainer's batch normalization; its decay 0.9 is PyTorch's momentum 0.1
 
 
@@ -69,10 +70,12 @@ class Block(nn.Sequential):
 
 
 class Network(nn.Module):
-    """A network of 6n + 2 layers: plain, resnet, resresnet, resresnet_twice or highway."""
+    """A network of 6n + 2 layers: one of ``ARCHITECTURES``."""
 
     def __init__(self, architecture, n, classes=10):
         super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"found {architecture}, legal: {', '.join(ARCHITECTURES)}")
         self.register_buffer("mean", torch.zeros(3, 32, 32))  # of the training images
         self.conv1 = Stem()
         self.conv2 = Block(n, 16, 16, 1, architecture)

@@ -94,6 +94,25 @@ def test_without_its_script_a_command_says_that_it_is_not_registered(runs, modul
     assert line.endswith("or import the script that defines it")
 
 
+def command_on(module, *words, **where):
+    """Run a command of the package that has been told of the architecture."""
+    code = f"import preactivation; from resnet import command, {module}; command.run({module}.main)"
+    return python("-c", code, *words, PYTHONPATH=f"{ROOT}:{SCRIPT.parent}", **where)
+
+
+def test_it_goes_to_onnx_and_its_export_to_pytorch_is_refused_in_one_line(runs, tmp_path):
+    pytest.importorskip("onnxruntime")
+    folder = runs / "preact-8-seed0"
+    done = command_on("export", folder, "--onnx", "a.onnx", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("same class for 100.00%") == 2
+    done = command_on("export", folder, "--h5", "b.h5", "--torch", "b.pt", cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith(f"error: --torch: {folder}/blocks.h5 holds pre")
+    assert "legal: plain, resnet, resresnet, " in line and "--onnx" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+
+
 def test_tables_curves_and_page_have_it_beside_what_it_is_compared_with(runs, tmp_path):
     """They read the record, and know nothing of the script."""
     said = {}

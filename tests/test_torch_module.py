@@ -9,7 +9,14 @@ import pytest
 from conftest import python
 from test_export import IMAGES, MEAN, logits, save
 
+from resnet import torch_module
 from resnet.network import ARCHITECTURES
+
+
+def test_it_has_every_architecture_of_the_package_and_no_other():
+    assert set(torch_module.ARCHITECTURES) == set(ARCHITECTURES)
+    with pytest.raises(ValueError, match="found rsnet, legal: plain, resnet"):
+        torch_module.Network("rsnet", 1)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
