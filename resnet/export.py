@@ -134,11 +134,12 @@ def to_torch(network: Network, mean: np.ndarray) -> dict:
 def torch_source(description: weights.Description, path: Path) -> str:
     """The module file that goes with the state dict ``path``."""
     source = TORCH_MODULE.read_text(encoding="utf-8")
+    source = source.replace("import torch\n", "from pathlib import Path\n\nimport torch\n", 1)
     kind = f'"{description.architecture}", {description.n}, {len(description.classes)}'
     return source + (
         f"\n\nCLASSES = {description.classes!r}\n\n\n"
-        f'def load(path="{path.name}"):\n'
-        '    """The trained network, as at test time."""\n'
+        f"def load(path=Path(__file__).with_name({path.name!r})):\n"
+        '    """The trained network, as at test time; of the state dict beside this file."""\n'
         f"    network = Network({kind})\n"
         "    network.load_state_dict(torch.load(path, weights_only=True))\n"
         "    return network.eval()\n"
@@ -331,6 +332,7 @@ def write_torch(
         temporary.write_bytes(file.getvalue())
         module_temporary.write_text(source, encoding="utf-8")
         module = ModuleType(module_path.stem)
+        module.__file__ = str(module_path)
         exec(compile(source, module_path, "exec"), vars(module))
         network = module.load(temporary)
 

@@ -137,6 +137,16 @@ def test_every_test_image_keeps_its_class_by_a_network_of_the_package(
     check_all_images(name, all_images, tmp_path, monkeypatch)
 
 
+def test_a_module_finds_a_state_dict_whose_name_has_quotes(tmp_path):
+    path, net = save("plain", tmp_path)
+    state = tmp_path / "a'\".pt"
+    source = export.torch_source(weights.describe(path), state)
+    module = export.write_torch(state, export.to_torch(net, MEAN), source, lambda *_: None)
+    names = {"__file__": str(module)}
+    exec(module.read_text(), names)
+    assert (names["load"]().mean.numpy() == MEAN).all()
+
+
 def test_a_file_that_differs_is_not_written(saved, tmp_path, capsys):
     path, net = saved
     content = export.to_torch(net, MEAN)

@@ -32,15 +32,16 @@ def test_a_state_dict_and_its_module_need_nothing_of_this_project(architecture, 
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    assert imports == {"torch"}
-    np.save(elsewhere / "images.npy", IMAGES / np.float32(255))
+    assert imports == {"torch", "pathlib"}
+    np.save(tmp_path / "images.npy", IMAGES / np.float32(255))
     code = (
+        "import sys; sys.path.insert(0, 'elsewhere')\n"
         "import numpy, torch, net\n"
         "images = torch.from_numpy(numpy.load('images.npy'))\n"
         "numpy.save('logits.npy', net.load()(images).detach().numpy())\n"
         "assert net.CLASSES[1] == '鳥' and len(net.CLASSES) == 10"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=elsewhere, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     expected = logits(net, MEAN)
-    found = np.load(elsewhere / "logits.npy")
+    found = np.load(tmp_path / "logits.npy")
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
