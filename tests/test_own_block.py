@@ -1,6 +1,7 @@
 """An architecture from outside the package, ``preactivation.py``: it gets everything."""
 
 import json
+import re
 import runpy
 import sys
 
@@ -95,9 +96,20 @@ def test_without_its_script_a_command_says_that_it_is_not_registered(runs, modul
 
 
 def command_on(module, *words, **where):
-    """Run a command of the package that has been told of the architecture."""
-    code = f"import preactivation; from resnet import command, {module}; command.run({module}.main)"
+    """Run a command of the package as the page tells of an architecture."""
+    (code,) = re.findall(
+        r'python -c "(import preactivation;[^"]+)"', (ROOT / "README.md").read_text()
+    )
+    code = code.replace("evaluate", module)
     return python("-c", code, *words, PYTHONPATH=f"{ROOT}:{SCRIPT.parent}", **where)
+
+
+def test_the_pages_way_to_evaluate_it_evaluates_and_answers_a_wrong_folder_in_one_line(runs):
+    done = command_on("evaluate", runs / "preact-8-seed0")
+    assert (done.returncode, done.stderr) == (0, "") and "\naccuracy: " in done.stdout
+    done = command_on("evaluate", "nowhere")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("error: 'nowhere': no such file")
 
 
 def test_it_goes_to_onnx_and_its_export_to_pytorch_is_refused_in_one_line(runs, tmp_path):
