@@ -17,6 +17,7 @@ from chainer.initializers import HeNormal
 
 from resnet import functions, random
 from resnet.blocks import AbsentBlock, Block, ResidualBlock, TwiceRectifiedBlock
+from resnet.command import InputError
 from resnet.modules import Convolution, HighwayModule, Normalization, PlainModule, ResidualModule
 
 CHANNELS = (16, 32, 64)  # of conv2, conv3, conv4 (report, Table I)
@@ -191,3 +192,17 @@ ARCHITECTURES = {
 plain, resnet, resresnet, highway = (
     ARCHITECTURES[name] for name in ("plain", "resnet", "resresnet", "highway")
 )
+
+
+def find_architecture(name: str) -> Architecture:
+    """Look up an architecture, maybe one that a script has added.
+
+    Raises:
+        InputError: There is none of this name, or none of the name that its ``beside`` says.
+    """
+    if name not in ARCHITECTURES:
+        raise InputError(f"architecture: found '{name}', legal: {', '.join(ARCHITECTURES)}")
+    others = [other for other in ARCHITECTURES if other != name]
+    if (beside := ARCHITECTURES[name].beside) not in (None, *others):
+        raise InputError(f"{name}: beside: found '{beside}', legal: {', '.join(others)}")
+    return ARCHITECTURES[name]

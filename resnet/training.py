@@ -32,7 +32,7 @@ from resnet import (
 )
 from resnet.batches import Batches, Images
 from resnet.command import STOPPED, USAGE, InputError, clock, reason, unheard
-from resnet.network import ARCHITECTURES, DEPTHS, GROUPS, Network, depth
+from resnet.network import ARCHITECTURES, DEPTHS, GROUPS, Network, depth, find_architecture
 from resnet.parallel import ALONE, Processes
 from resnet.stopping import StopRequest, UntilDone
 from resnet.updater import Updater
@@ -157,16 +157,20 @@ def whole_network(architecture: str, n: int, seed: int, setting: Setting) -> Run
         n: Modules per block.
         seed: Seed of weights, order and augmentation.
         setting: What it shares with the other runs of the command.
+
+    Raises:
+        InputError: There is no such architecture, or none that it is to stand beside.
     """
+    kind = find_architecture(architecture)
     plan, chosen = choose_schedule(setting), choices(setting.args)
     return Run(
         setting=setting,
-        title=f"{ARCHITECTURES[architecture].title}, {depth(n)} layers (n = {n})",
+        title=f"{kind.title}, {depth(n)} layers (n = {n})",
         identity=identify(setting, architecture, n, seed, plan, chosen),
         folder=name_folder(setting, architecture, n, seed, chosen),
         schedule=plan,
         stream=seed,
-        build=lambda: ARCHITECTURES[architecture](n, seed),
+        build=lambda: kind(n, seed),
     )
 
 

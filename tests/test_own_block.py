@@ -95,6 +95,24 @@ def test_without_its_script_a_command_says_that_it_is_not_registered(runs, modul
     assert line.endswith("or import the script that defines it")
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ('beside="resnet"', 'beside="resnett"', "preact: beside: found 'resnett', legal: plain, "),
+        ('beside="resnet"', 'beside="preact"', "preact: beside: found 'preact', legal: plain, "),
+        ('main("preact"', 'main("react"', "architecture: found 'react', legal: plain, "),
+    ],
+)
+def test_a_misspelt_architecture_is_one_line(tmp_path, right, wrong, message):
+    source = SCRIPT.read_text()
+    assert source.count(right) == 1
+    (tmp_path / "mine.py").write_text(source.replace(right, wrong))
+    done = python("mine.py", "--n", 1, "--data", "synthetic", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith(f"error: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+
+
 def command_on(module, *words, **where):
     """Run a command of the package as the page tells of an architecture."""
     (code,) = re.findall(
