@@ -18,6 +18,7 @@ from pathlib import Path
 from resnet.command import InputError, reason
 
 LARGEST = 1 << 31  # bytes of a file that is read as a whole
+LOCK = ".writer"  # of a folder, in it
 SEAL = b"\nsha256 of all before: "  # and the digest end a saved file
 
 
@@ -189,7 +190,7 @@ def only_writer(folder: Path | str) -> Iterator[None]:
     import fcntl  # Unix alone has it, and only who writes a folder needs it
 
     folder = Path(folder)
-    with open(folder / ".writer", "a+") as file:
+    with open(folder / LOCK, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -200,6 +201,11 @@ def only_writer(folder: Path | str) -> Iterator[None]:
             ) from None
         except OSError as error:  # a file system without locks
             print(f"warning: {folder} cannot be locked ({error.strerror})", file=sys.stderr)
+        # An unused folder is removed with its file, and the lock of a new file is another one.
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+            raise InputError(
+                f"{folder}: another process has just made it anew; legal: the same command again"
+            )
         file.truncate(0)
         print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
         for half in folder.glob(".*.tmp"):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from resnet.parallel import Processes
 def only_writers(folder: Path, processes: Processes) -> Iterator[None]:
     """Create ``folder`` and have the right to write into it, as ``files.only_writer`` says.
 
+    A folder that is made here and into which nothing is written is removed in the end.
+
     Raises:
         InputError: Another process has it, or the folder cannot be written to.
     """
@@ -35,9 +38,11 @@ def only_writers(folder: Path, processes: Processes) -> Iterator[None]:
         return
     with contextlib.ExitStack() as held:
         try:
+            new = [each for each in (folder, *folder.parents) if not each.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             # First the lock: who writes here already is what a second one has to be told.
             held.enter_context(files.only_writer(folder))
+            held.callback(_remove_unused, new)
             with files.whole(folder / "writable") as temporary:  # before hours are spent
                 temporary.write_bytes(bytes(4096))
             (folder / "writable").unlink()
@@ -47,6 +52,15 @@ def only_writers(folder: Path, processes: Processes) -> Iterator[None]:
             ) from None
         processes.wait()
         yield
+
+
+def _remove_unused(folders: list[Path]) -> None:
+    """Remove folders, each of which is in the next one, unless the first has more than its lock."""
+    with contextlib.suppress(OSError):  # such as that the next one is not empty
+        if folders and os.listdir(folders[0]) == [files.LOCK]:
+            (folders[0] / files.LOCK).unlink()
+            for folder in folders:
+                folder.rmdir()
 
 
 def read_starts(folder: Path, identity: dict) -> list[dict]:
@@ -257,7 +271,8 @@ class Snapshots(training.Extension):
         """
         legal = "legal: a snapshot_iter_N.npz"
         if not path.is_file():
-            raise InputError(f"--resume {path}: no such file; {legal}")
+            found = "not a file" if path.exists() else "no such file"
+            raise InputError(f"--resume {path}: {found}; {legal}")
         try:
             state = self._read(path, trainer)
         except ValueError as error:

@@ -1,5 +1,6 @@
 """Files that are whole or not there, and what is read of them; one writer a folder."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -39,6 +40,16 @@ def test_a_run_folder_has_one_writer_and_keeps_no_leftovers_of_killed_ones(datas
     run.train()
     assert (run.folder / "blocks.h5").exists() and not left.exists()
     assert not of_log_report.exists() and (of_the_user / "mine").exists()
+
+
+def test_a_lock_that_is_no_longer_the_folders_gives_no_right(tmp_path, monkeypatch):
+    def of_another_process(*_):
+        (tmp_path / files.LOCK).unlink()
+        (tmp_path / files.LOCK).touch()
+
+    monkeypatch.setattr(fcntl, "flock", of_another_process)
+    with pytest.raises(InputError, match="made it anew; legal:"), files.only_writer(tmp_path):
+        pass
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):

@@ -193,6 +193,7 @@ def test_stages_can_be_trained_on_another_day(dataset, finished, tmp_path, capsy
     later = tmp_path / "later"
     with pytest.raises(InputError, match=r"stage1: not complete.*--stage 1 first"):
         make(dataset, later, "--stage", "2", order=order).train()
+    assert not later.exists()
     for stage in "123":
         whole = make(dataset, later, "--stage", stage, order=order)
         whole.train()

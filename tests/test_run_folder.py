@@ -304,6 +304,7 @@ def test_resume_refuses_what_is_no_snapshot_of_this_run(dataset, tmp_path, monke
     text.write_text("hello")
     cases = [
         (missing, 1, "no such file"),
+        (tmp_path, 1, "not a file; legal: "),
         (text, 1, "not a readable snapshot"),
         (model, 1, "weights but not the state"),
         (snapshot, 2, "holds --n 1, asked for is --n 2; "),
@@ -313,6 +314,15 @@ def test_resume_refuses_what_is_no_snapshot_of_this_run(dataset, tmp_path, monke
         with pytest.raises(InputError, match=message) as error:
             run.train()
         assert str(path) in str(error.value)
+        assert not run.folder.parent.exists()
+
+
+def test_a_folder_that_was_there_stays_though_nothing_is_written_into_it(dataset, tmp_path):
+    run = make_run(dataset, tmp_path, "--resume", str(tmp_path / "missing.npz"))
+    run.folder.mkdir()
+    with pytest.raises(InputError, match="no such file"):
+        run.train()
+    assert run.folder.exists()
 
 
 def test_a_folder_of_another_run_is_refused(dataset, finished, tmp_path):
