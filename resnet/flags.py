@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import chainer
@@ -118,11 +119,11 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
 def add_schedule(p: Parser) -> Parser:
     """Add the flags that choose among the schedules for a whole network."""
     # fmt: off
-    p.add_argument("--schedule", choices=("he2015", "report100"), default="he2015",
+    p.add_argument("--schedule", choices=("he2015", "report100"),
         help="he2015: 64k iterations, rate divided by 10 at 32k and 48k; report100: "
-        "100 epochs, divided at 40 and 80 (default: %(default)s)")
+        "100 epochs, divided at 40 and 80 (default: he2015)")
     p.add_argument("--drops", type=number(0, EPOCHS[1]), nargs="+", metavar="EPOCH",
-        help="with --epoch: divide the rate by 10 at these epochs "
+        help="with --epoch: divide the rate by 10 at these epochs, each after the one before "
         "(default: at 1/2 and 3/4 of the training, as he2015)")
     # fmt: on
     return p
@@ -134,8 +135,18 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         InputError: With exit code 2, naming the flags.
     """
-    if getattr(args, "drops", None) is not None and args.epoch is None:
+    drops = getattr(args, "drops", None)
+    if drops is not None and args.epoch is None:
         raise InputError("--drops: needs --epoch; legal: --epoch E --drops EPOCH ...", USAGE)
+    if drops is not None and any(a >= b for a, b in pairwise((*drops, args.epoch))):
+        found = " ".join(f"{drop:g}" for drop in drops)
+        raise InputError(
+            f"--drops: found {found}, legal: epochs below --epoch {args.epoch}, "
+            "each greater than the one before",
+            USAGE,
+        )
+    if getattr(args, "schedule", None) is not None and args.epoch is not None:
+        raise InputError("--schedule: found with --epoch, legal: one of them", USAGE)
     if args.shorten > 1 and args.epoch is not None:
         raise InputError("--shorten: found with --epoch, legal: one of them", USAGE)
     if args.seed + args.runs - 1 > SEED[1]:

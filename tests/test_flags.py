@@ -39,6 +39,8 @@ def refusal(*words):
         ("--runs", "100000"),
         ("--seed", "4294967295", "--runs", "2"),
         *(("--epoch", "2", "--drops", value) for value in ("1e308", "nan", "-1", "inf")),
+        *(("--drops", *values, "-e", "2") for values in (["2"], ["1", "1"], ["1.5", "1", "0"])),
+        *(("--schedule", value, "--epoch", "2") for value in ("he2015", "report100")),
         *(("--time-limit", value) for value in ("nan", "inf", "1e10")),
         ("--snapshot-interval", "1e300"),
         ("--out", ""),
@@ -55,6 +57,11 @@ def test_impossible_values_are_refused_in_one_line(words, capsys):
     assert said.startswith("error: ") and said.count("\n") == 1
     assert words[0].lstrip("-").partition("=")[0][:1] in said
     assert any(word in said for word in ("legal: ", "invalid choice", "no such file"))
+
+
+@pytest.mark.parametrize("words", [("--drops", "0", "1.9", "-e", "2"), ("--schedule", "he2015")])
+def test_schedules_that_can_be_trained_are_taken(words):
+    flags.check(FLAGS.parse_args(words))
 
 
 def test_a_pipe_is_no_data_and_is_not_waited_for(tmp_path):
