@@ -20,6 +20,8 @@ BATCH = (1, 50_000)  # images
 SEED = (0, 2**32 - 1)  # NumPy's
 EPOCHS = (1, 1_000_000)
 SECONDS = (0, 1e9)  # 30 years
+# Partial training, and its stages, in parts of --epoch, which is the last one's length.
+PARTIAL = {"partial": 2, "stage 1": 1 / 2, "stage 2": 1 / 2, "stage 3": 1}
 
 
 def whole_number(least: int, most: int):
@@ -198,12 +200,14 @@ def _spell_schedule(run: dict, other: dict) -> str:
     shorten = f" --shorten {factor}" if factor else ""
     if name in ("he2015", "report100"):
         return f"--schedule {name}{shorten}"
-    epoch = run["training images"] / run["batchsize"]  # iterations
-    if name != "custom":  # of partial training, whose stages are told apart before
-        return f"{plan['iterations'] / epoch:g} epochs{' in all' * (name == 'partial')} (--epoch)"
-    text = f"--epoch {math.floor(plan['iterations'] / epoch)}{shorten}"
+    ends = plan["iterations"], *plan["drops"]
+    epochs, *drops = (end * run["batchsize"] / run["training images"] for end in ends)
+    if name in PARTIAL:
+        stage = f"--{name} " if name != "partial" else ""
+        return stage + (shorten.lstrip() or f"--epoch {math.floor(epochs / PARTIAL[name])}")
+    text = f"--epoch {math.floor(epochs)}{shorten}"
     if other["schedule"]["iterations"] == plan["iterations"]:
-        text += " --drops " + " ".join(f"{drop / epoch:g}" for drop in plan["drops"])
+        text += " --drops " + " ".join(f"{drop:g}" for drop in drops)
     return text
 
 

@@ -101,6 +101,14 @@ def test_a_schedule_is_told_in_flags(plan, flag):
     assert flags.spell("schedule", {**sizes, "schedule": asdict(plan)}, other) == flag
 
 
+def test_a_number_of_epochs_is_told_as_it_was_typed():
+    for batchsize, epoch in ((7, 7), (14, 119), (26, 117), (128, 3), (5000, 1)):
+        plan = asdict(schedule.epochs(epoch, (epoch / 2,), 5000, batchsize))
+        run = {"training images": 5000, "batchsize": batchsize, "schedule": plan}
+        other = {"schedule": {"iterations": 0}}
+        assert flags.spell("schedule", run, other) == f"--epoch {epoch}"
+
+
 @pytest.mark.parametrize("name", ["7", "gpu", "-2", "@cupy:9", "1.5"])
 def test_unknown_devices_are_refused(name):
     with pytest.raises(InputError, match="--device: found") as error:

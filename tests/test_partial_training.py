@@ -9,7 +9,15 @@ import pytest
 from chainer import functions as F
 from conftest import deny, read_blocks
 
-from resnet import extensions, flags, functions, partial_training, training, weights
+from resnet import (
+    extensions,
+    flags,
+    functions,
+    partial_training,
+    run_folder,
+    training,
+    weights,
+)
 from resnet.command import InputError
 from resnet.network import BLOCKS, resnet
 from resnet.partial_training import PartialTraining
@@ -250,6 +258,18 @@ def test_stages_shuffle_and_augment_differently(dataset, tmp_path):
     whole = make(dataset, tmp_path)
     whole.stages[0].train()
     assert (whole.stages[1].make_trainer()[0].updater.batch()[0] != batches[0]).any()
+
+
+@pytest.mark.parametrize("words", ["--epoch 1", "--epoch 2", "--epoch 7", "--shorten 3"])
+def test_another_length_is_refused_in_the_flags_that_were_typed(dataset, tmp_path, words):
+    run, other = make(dataset, tmp_path, epoch=words.split()), make(dataset, tmp_path)
+    for stage in run.stages:
+        flag = flags.spell("schedule", stage.identity, stage.identity)
+        assert flag == f"--stage {stage.identity['stage']} {words}"
+    other.folder.mkdir()
+    run_folder.write_record(other.folder, run.identity, [])
+    with pytest.raises(InputError, match=f": holds {words}, asked for is --epoch 3; "):
+        other.train()
 
 
 def test_a_snapshot_needs_its_stage(dataset, tmp_path):
