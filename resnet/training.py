@@ -113,7 +113,8 @@ def prepare(args: argparse.Namespace) -> Setting:
     if args.validate:
         if len(dataset.train_y) <= HELD_OUT:
             raise InputError(
-                f"--validate: holds out {HELD_OUT} images, the set has {len(dataset.train_y)}",
+                f"--validate: found {len(dataset.train_y)} training images, legal: more than "
+                f"the {HELD_OUT} that are held out; or without the flag",
                 USAGE,
             )
         dataset, evaluation = cifar10.hold_out(dataset, HELD_OUT), "validation"

@@ -205,6 +205,7 @@ BAD_INPUT = [
     (("--n", "1", "--shorten", "2", "-e", "4"), 2, "--shorten: found with --epoch"),
     (("--n", "1", "--schedule", "report100", "-e", "2"), 2, "--schedule: found with --epoch"),
     (("--n", "1", "-e", "1", "--drops", "5"), 2, "--drops: found 5, legal: epochs below --epoch 1"),
+    (("--n", "1", "--validate"), 2, "--validate: found 5000 training images, legal: more than the"),
     (("--n", "1", "--runs", "0"), 2, "--runs: found '0'"),
     (("--n", "1", "--resume", "nothing.npz"), 1, "nothing.npz: no such file"),
     (("--n", "1", "2", "--resume", "nothing.npz"), 2, "--resume: one snapshot is of one network"),
