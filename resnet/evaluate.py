@@ -15,7 +15,7 @@ from pathlib import Path
 
 import chainer
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from resnet import (
     cifar10,
@@ -53,7 +53,7 @@ def read_image(path: Path | str) -> np.ndarray:
     try:
         with files.parsing():
             content = files.read(path)  # that is no image file Pillow may read forever
-            with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            with _open(content) as image:
                 if (pixels := math.prod(image.size)) > Image.MAX_IMAGE_PIXELS:
                     raise ValueError(f"{pixels:,} pixels, legal: up to {Image.MAX_IMAGE_PIXELS:,}")
                 side = min(image.size)
@@ -66,6 +66,13 @@ def read_image(path: Path | str) -> np.ndarray:
         legal = f"legal: {', '.join(FORMATS)} of 8 or 16 bits"
         raise InputError(f"--images {path}: not a readable image ({error}); {legal}") from None
     return np.asarray(small).transpose(2, 0, 1)
+
+
+def _open(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content), formats=_formats())
+    except UnidentifiedImageError:  # whose own words name an object in memory
+        raise ValueError("none of the formats below, or its beginning is damaged") from None
 
 
 def _formats() -> list[str]:

@@ -164,8 +164,7 @@ def from_torch(path: Path | str) -> tuple[Network, weights.Description, np.ndarr
     legal = "legal: a state dict of a CIFAR-10 ResNet with akamaster's names and option A"
     try:
         with files.parsing():  # torch can raise anything
-            content = io.BytesIO(files.read(Path(path)))
-            content = torch.load(content, map_location="cpu", weights_only=True)
+            content = _load(torch, files.read(Path(path)))
             content = content.get("state_dict", content)
             arrays = {name.removeprefix("module."): a.numpy() for name, a in content.items()}
     except ValueError as error:
@@ -195,6 +194,13 @@ def from_torch(path: Path | str) -> tuple[Network, weights.Description, np.ndarr
     )
     mean = np.broadcast_to(np.float32(FOREIGN_MEAN)[:, None, None], weights.IMAGE)
     return network, description, np.ascontiguousarray(mean)
+
+
+def _load(torch: ModuleType, content: bytes) -> dict:
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception:  # whose own words are a number, or advise to run what is in the file
+        raise ValueError("damaged, not by torch.save, or of more than tensors") from None
 
 
 def _foreign_name(name: str) -> str:

@@ -119,6 +119,15 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
             read_image(path)
 
 
+def test_what_is_no_image_is_told_without_objects_in_memory(tmp_path):
+    path = tmp_path / "a.png"
+    for content in (b"root:x:0:0:root:/root:/bin/bash", b""):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"image \(none of the .*legal: PNG, ") as error:
+            read_image(path)
+        assert "object at 0x" not in str(error.value)
+
+
 def test_no_format_that_starts_a_program_is_read(tmp_path):
     path = tmp_path / "a.eps"
     Image.fromarray(EIGHT).save(path)

@@ -263,7 +263,10 @@ def without(name):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda state: b"no tensors", "not a readable state dict"),
+        (lambda state: b"no tensors", "not a readable state dict (damaged, not by torch.save, or"),
+        (lambda state: b"hi there", "not a readable state dict (damaged, not by torch.save, or of"),
+        (lambda state: b"", "not a readable state dict (damaged"),
+        (lambda state: {"a": os.getcwd}, "or of more than tensors); legal: "),
         (lambda state: ["a list"], "not a readable state dict"),
         (lambda state: {"fc.weight": torch.zeros(3)}, "found fc.weight .."),
         (lambda state: {"layer1.": torch.zeros(3), "linear.bias": torch.zeros(())}, "found layer1"),
