@@ -25,6 +25,35 @@ from importlib.machinery import PathFinder
 
 import numpy as np
 
+# What scripts of Chainer's time call by names that NumPy has removed, most in 1.24 and 2.0.
+NUMPY_NAMES = {
+    "bool": bool,
+    "complex": complex,
+    "float": float,  # F.resize_images uses it, too
+    "int": int,
+    "long": int,
+    "object": object,
+    "str": str,
+    "unicode": str,
+    "complex_": np.complex128,
+    "float_": np.float64,
+    "string_": np.bytes_,
+    "unicode_": np.str_,
+    "Inf": np.inf,
+    "Infinity": np.inf,
+    "NINF": -np.inf,
+    "NaN": np.nan,
+    "PINF": np.inf,
+    "infty": np.inf,
+    "alltrue": np.all,
+    "asscalar": lambda array: array.item(),
+    "cumproduct": np.cumprod,
+    "mat": np.asmatrix,
+    "product": np.prod,
+    "round_": np.round,
+    "sometrue": np.any,
+}
+
 
 def _numpy_names() -> None:
     # NumPy 2.0 removed np.sctypes, which functions/array/as_strided.py reads when imported.
@@ -36,9 +65,8 @@ def _numpy_names() -> None:
             "complex": [np.complex64, np.complex128, np.clongdouble],
             "others": [bool, object, bytes, str, np.void],
         }
-    # NumPy 1.24 removed np.float, which F.resize_images uses when called.
-    if "float" not in vars(np):
-        np.float = float
+    for name, value in NUMPY_NAMES.items():
+        vars(np).setdefault(name, value)
 
 
 def _found(name: str) -> bool:

@@ -1,7 +1,11 @@
 """The shims: what they mend, and that they keep off what works. Each test is a fresh process."""
 
+import re
+
 import pytest
 from conftest import ROOT, python
+
+from resnet import compat
 
 # Run before everything else: the packages that newer Pythons and setuptools no longer have.
 WITHOUT = """
@@ -76,9 +80,10 @@ def test_without_the_shims_chainer_does_not_import():
 def test_names_that_numpy_has_are_left_alone():
     run(
         "import numpy as np\n"
-        "np.sctypes, np.float = names = {'int': [np.int64]}, object()\n"
+        "np.sctypes, np.float, np.NaN = names = {'int': [np.int64]}, object(), object()\n"
+        "bool = np.bool if 'bool' in vars(np) else None\n"
         "from resnet import compat\n"
-        "assert np.sctypes is names[0] and np.float is names[1]"
+        "assert (np.sctypes, np.float, np.NaN) == names and bool in (None, np.bool)"
     )
 
 
@@ -91,6 +96,32 @@ def test_names_that_numpy_lacks_are_added():
         "assert np.float is float and np.float64 in np.sctypes['float']\n"
         "assert {t().itemsize for t in np.sctypes['int']} == {1, 2, 4, 8}"
     )
+
+
+def test_names_of_old_scripts_mean_what_they_meant():
+    run(
+        "import resnet.compat\n"
+        "import numpy as np\n"
+        "def kind(name, values=(1,)):\n"
+        "    return np.array(values, getattr(np, name)).dtype.str[1:]\n"
+        "assert [kind(n) for n in ('int', 'float', 'complex')] == ['i8', 'f8', 'c16']\n"
+        "assert [kind(n) for n in ('bool', 'object')] == ['b1', 'O'] and kind('long')[0] == 'i'\n"
+        "assert [kind(n, 'a') for n in ('str', 'unicode', 'unicode_')] == ['U1'] * 3\n"
+        "assert [kind('string_', 'a'), kind('float_'), kind('complex_')] == ['S1', 'f8', 'c16']\n"
+        "assert isinstance(1.5, np.float) and isinstance('a', np.str) and isinstance(1, np.int)\n"
+        "assert np.Inf == np.Infinity == np.infty == np.PINF == -np.NINF == float('inf')\n"
+        "assert np.NaN != np.NaN and np.asscalar(np.float32([[2.5]])) == 2.5\n"
+        "assert np.product([2, 3]) == 6 and list(np.cumproduct([2, 3])) == [2, 6]\n"
+        "assert np.sometrue([0, 1]) and not np.alltrue([0, 1]) and np.round_(2.25, 1) == 2.2\n"
+        "assert (np.mat([[1, 2], [3, 4]]) * np.mat('1; 1')).tolist() == [[3], [7]]"
+    )
+
+
+def test_the_page_says_which_names_of_numpy_are_covered_and_no_others():
+    text = (ROOT / "resnet" / "README.md").read_text()
+    _, _, text = text.partition("names that NumPy dropped")
+    text, _, _ = text.partition("\n\n")
+    assert sorted(re.findall(r"`np\.(\w+)`", text)) == sorted(compat.NUMPY_NAMES)
 
 
 def test_chainers_own_environment_check_and_a_real_pkg_resources_are_left_alone():
