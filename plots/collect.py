@@ -80,17 +80,22 @@ def _save(figure, path: Path) -> None:
 
 
 def differs(found: Path, wanted: Path) -> bool:
-    """Whether a file is not what it should be; of a picture, whether one would see it."""
+    """Whether a file is not what it should be; of a picture, whether it shows something else.
+
+    What it was drawn from is compared, and what one sees: another Matplotlib writes other bytes.
+    """
     if not found.exists() or not wanted.exists():
         return True
     if found.suffix != ".png":
         return found.read_bytes() != wanted.read_bytes()
-    pixels = []
+    pixels, told = [], []
     for path in (found, wanted):
         with Image.open(path) as image:
             pixels.append(np.asarray(image.convert("RGB"), np.float32))
-    one, other = pixels
-    return one.shape != other.shape or float(abs(one - other).mean()) > TOLERANCE
+            told.append(image.info.get("Description"))
+    if pixels[0].shape != pixels[1].shape or told[0] != told[1]:
+        return True
+    return float(abs(pixels[0] - pixels[1]).mean()) > TOLERANCE
 
 
 def renew(folder: Path, check: bool) -> list[str]:
