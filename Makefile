@@ -1,6 +1,8 @@
 # make demo: from nothing to a trained network in minutes. make test: the tests.
 # PYTHON names the interpreter (3.11 to 3.14), VENV the environment that is made and reused.
 PYTHON ?= python3
+# The jobs, and the tests of them, have a PYTHON of their own.
+unexport PYTHON
 # CUDA names the GPU's. PyTorch, in the tests' environment, brings 13 and cuDNN for it: 12 has its own.
 CUDA ?= 13
 VENV ?= $(if $(filter 12,$(CUDA)),.venv12,.venv)
