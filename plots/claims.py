@@ -223,7 +223,7 @@ class Verdict:
     def schedules(self) -> str:
         """``schedule``, and that of partial training if it is among the runs."""
         plans = [group.conditions["schedule"] for group in self.groups]
-        own = [conditions.describe("schedule", p) for p in plans if _is_partial(p)]
+        own = [conditions.describe("schedule", p) for p in plans if conditions.is_partial(p)]
         return "; ".join(dict.fromkeys(filter(None, [self.schedule, *own])))
 
 
@@ -371,15 +371,11 @@ def _kind(net: Net) -> tuple:
     return architecture, dict(net.choices).get("augmentation")
 
 
-def _is_partial(plan: dict) -> bool:
-    return str(plan.get("name")).partition(" / ")[0] == "partial"
-
-
 def _schedule(group: Group) -> str:
     """Name of the schedule, the same for the whole net and for partial training beside it."""
     plan = group.conditions["schedule"]
     name, _, factor = str(plan.get("name")).partition(" / ")
-    if _is_partial(plan):
+    if conditions.is_partial(plan):
         images = plan["iterations"] * group.conditions["batchsize"]
         epochs = images / group.conditions["training images"]
         times = int(factor) if factor.isdigit() else 1

@@ -39,7 +39,7 @@ def describe(key: str, value: object) -> str:
         case "schedule" if value.get("name") == "custom":
             drops = ", ".join(f"{drop:,}" for drop in value["drops"]) or "none"
             return f"{value['iterations']:,} iterations (drops: {drops})"
-        case "schedule" if str(value.get("name")).startswith("partial"):  # maybe shortened
+        case "schedule" if is_partial(value):
             name = value["name"].replace("partial", "partial training")
             return f"{name}, {value['iterations']:,} iterations in all"
         case "schedule":
@@ -47,6 +47,11 @@ def describe(key: str, value: object) -> str:
         case "data":
             return str(value)
     return f"{key} {value}"
+
+
+def is_partial(plan: dict) -> bool:
+    """Whether a schedule is that of partial training, all stages, maybe shortened."""
+    return str(plan.get("name")).partition(" / ")[0] == "partial"
 
 
 def tag(key: str, values: dict) -> str:
