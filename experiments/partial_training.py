@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from resnet import command, flags, training
-from resnet.partial_training import DEPTHS, ORDERS, STAGES, PartialTraining
+from resnet.partial_training import DEPTHS, ORDERS, PartialTraining
+from resnet.schedule import STAGES
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from resnet import augmentation, functions, parallel
 from resnet.command import USAGE, InputError, Parser, path
+from resnet.schedule import LAST_EPOCHS, STAGES
 
 BATCHSIZE = 128  # He et al. 2015, 4.2, and the report
 # Legal values, beyond all that is useful, so that a slip shows at once.
@@ -20,8 +21,9 @@ BATCH = (1, 50_000)  # images
 SEED = (0, 2**32 - 1)  # NumPy's
 EPOCHS = (1, 1_000_000)
 SECONDS = (0, 1e9)  # 30 years
-# Partial training, and its stages, in parts of --epoch, which is the last one's length.
-PARTIAL = {"partial": 2, "stage 1": 1 / 2, "stage 2": 1 / 2, "stage 3": 1}
+# Epochs of partial training, and of its stages; --epoch is the last one's length.
+PARTIAL = {f"stage {k}": length for k, (length, _) in enumerate(STAGES, 1)}
+PARTIAL["partial"] = sum(PARTIAL.values())
 
 
 def whole_number(least: int, most: int):
@@ -204,7 +206,8 @@ def _spell_schedule(run: dict, other: dict) -> str:
     epochs, *drops = (end * run["batchsize"] / run["training images"] for end in ends)
     if name in PARTIAL:
         stage = f"--{name} " if name != "partial" else ""
-        return stage + (shorten.lstrip() or f"--epoch {math.floor(epochs / PARTIAL[name])}")
+        epochs *= LAST_EPOCHS / PARTIAL[name]
+        return stage + (shorten.lstrip() or f"--epoch {math.floor(epochs)}")
     text = f"--epoch {math.floor(epochs)}{shorten}"
     if other["schedule"]["iterations"] == plan["iterations"]:
         text += " --drops " + " ".join(f"{drop:g}" for drop in drops)

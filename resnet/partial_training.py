@@ -29,12 +29,10 @@ from chainer import training as chainer_training
 from resnet import extensions, files, run_folder, schedule, training, weights
 from resnet.command import USAGE, InputError
 from resnet.network import BLOCKS, GROUPS, Network, depth, resnet
+from resnet.schedule import LAST_EPOCHS, STAGES
 from resnet.training import Run, Setting
 
 ORDERS = {"top-down": BLOCKS, "bottom-up": BLOCKS[::-1]}
-# Epochs of each stage and where its rate drops (report, III.B).
-STAGES = ((50, (40,)), (50, (40,)), (100, (40, 80)))
-LAST_EPOCHS = STAGES[-1][0]
 DEPTHS = (5,)  # the report's net for this has 32 layers
 
 

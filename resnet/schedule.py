@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 INITIAL_RATE = 0.1  # He et al. 2015, 4.2
+# Of partial training: epochs of each stage, and where its rate drops (report, III.B).
+STAGES = ((50, (40,)), (50, (40,)), (100, (40, 80)))
+LAST_EPOCHS = STAGES[-1][0]
 WARM_UP_RATE = 0.01  # He et al. 2015, 4.2, for n = 18
 WARM_UP_ERROR = 0.80  # warm-up ends when the training error falls below it
 WARM_UP_WINDOW = 100  # iterations the training error is averaged over
