@@ -195,6 +195,46 @@ def test_small_gradients_survive_float16(gpu):
     np.testing.assert_allclose(h.grad.astype("f") / cuda.SCALE, 2e-6 / 64, rtol=0.02)
 
 
+@needs_compiler
+@pytest.mark.parametrize("gpu", ["fp16"], indirect=True)
+def test_what_chainer_computes_of_float16_activations_has_its_true_gradient(gpu):
+    """As in a pre-activated module: a layer normalized, and a layer plus a convolution."""
+
+    def gradients():
+        (bn, w), (second, v) = make_layer(), make_layer()
+        h = layer(normal(4, 16, 8, 8), w, bn)
+        z = functions.relu(functions.normalization(h, second))
+        y = functions.average_pooling(h + functions.convolution(z, v))
+        y.grad = normal(*y.shape, seed=4)
+        y.backward()
+        parameters = {"W": w, "V": v, "gamma": second.gamma, "beta": second.beta}
+        return {"y": y.array} | {name: p.grad for name, p in parameters.items()}
+
+    found = gradients()
+    functions._backend = REFERENCE
+    assert_alike(found, gradients(), 0.01)
+
+
+@needs_compiler
+@pytest.mark.parametrize("gpu", ["fp16"], indirect=True)
+def test_float16_activations_may_go_on_without_the_pooling(gpu):
+    """To the linear layer, or straight to the loss."""
+
+    def gradients(to_logits):
+        bn, w = make_layer()
+        weights = chainer.Parameter(normal(10, 16 * 16) / 16), chainer.Parameter(normal(10))
+        h = layer(normal(4, 16, 4, 4), w, bn)
+        y = to_logits(F.reshape(h, (4, -1)), *weights)
+        functions.softmax_cross_entropy(y, np.arange(4, dtype=np.int32)).backward()
+        return {"W": w.grad} | {str(i): p.grad for i, p in enumerate(weights) if p.grad is not None}
+
+    for to_logits in (functions.linear, lambda h, *_: h[:, :10]):
+        backend, found = functions._backend, gradients(to_logits)
+        functions._backend = REFERENCE
+        assert_alike(found, gradients(to_logits), 0.01)
+        functions._backend = backend
+
+
 # ---- Networks ------------------------------------------------------------------------------------
 
 

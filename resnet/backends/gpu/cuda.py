@@ -18,7 +18,7 @@ import numpy as np
 from chainer import functions as F
 
 from resnet.backends.flat import FlatMomentumSGD
-from resnet.backends.fused import Fused, Layer, Unfinished
+from resnet.backends.fused import Convolution, Fused, Layer, Sum, Unfinished, is_waiting
 from resnet.backends.gpu import cudnn, programs, tensor_cores
 from resnet.backends.gpu.cudnn import Missing
 from resnet.backends.gpu.programs import THREADS, launch, launch_on
@@ -108,7 +108,7 @@ class Cuda(Fused):
         return REFERENCE.convolution(self.float32(x), W, stride=stride)
 
     def normalization(self, x, bn):
-        return super().normalization(x if isinstance(x, Unfinished) else self.float32(x), bn)
+        return super().normalization(x if is_waiting(x, Convolution) else self.float32(x), bn)
 
     def relu(self, x):
         return self.finished(super().relu(x))  # nothing spans two layers
@@ -131,6 +131,12 @@ class Cuda(Fused):
     def add_relu(self, x, shortcut):
         y = self._add(x, shortcut, rectify=True)
         return REFERENCE.relu(self._sum(x, shortcut)) if y is None else y
+
+    def compute(self, operation):
+        match operation:
+            case Sum(x, y) if x.dtype != y.dtype:  # a layer and what Chainer's functions computed
+                return F.add(self.float32(x), self.float32(y))
+        return super().compute(operation)
 
     def _added(self, shortcuts):
         """The sum of shortcuts, the widest of them widening the others."""
@@ -160,12 +166,13 @@ class Cuda(Fused):
         return _AveragePooling(self).apply((x,))[0]
 
     def linear(self, x, W, b):
+        x = self.float32(x)
         if not _are_floats(x, W, b):
             return REFERENCE.linear(x, W, b)
         return _Linear(self).apply((x, W, b))[0]
 
     def softmax_cross_entropy(self, y, t):
-        (t,) = _arrays(t)
+        y, (t,) = self.float32(y), _arrays(t)
         if not _are_floats(y) or not isinstance(t, programs.ARRAY) or t.dtype != np.int32:
             return REFERENCE.softmax_cross_entropy(y, t)
         return _SoftmaxCrossEntropy(self, t).apply((y,))[0]
