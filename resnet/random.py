@@ -8,6 +8,7 @@ replayed draws the same numbers, and there is no generator state to save.
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 
 import numpy as np
@@ -64,6 +65,26 @@ def numpy_seeded(*keys: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(before)
+
+
+@contextlib.contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """Refuse draws from NumPy's own generator and from Python's, and leave both as they were.
+
+    Raises:
+        RuntimeError: Something has been drawn.
+    """
+    before = np.random.get_state(), random.getstate()
+    try:
+        yield
+        (_, words, *place), of_python = np.random.get_state(), random.getstate()
+        (_, words_before, *place_before), of_python_before = before
+        same = place == place_before and np.array_equal(words, words_before)
+        if not same or of_python != of_python_before:
+            raise RuntimeError("numbers drawn on the host, which every replay would repeat")
+    finally:
+        np.random.set_state(before[0])
+        random.setstate(before[1])
 
 
 def permutation(xp, size: int, *keys):

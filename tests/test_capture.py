@@ -1,5 +1,7 @@
 """The recorded step, on a stream that records in earnest what kernels and cuDNN are to do."""
 
+import random
+
 import chainer
 import emulation
 import numpy as np
@@ -180,6 +182,31 @@ def test_what_cannot_be_recorded_goes_on_eagerly_and_says_so(gpu, dataset, where
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "no CUDA graph" in warning
     assert ("operation not permitted" if where == "a kernel" else where) in warning
+
+
+@pytest.mark.parametrize("draw", [np.random.rand, random.random], ids=["NumPy", "Python"])
+def test_a_network_that_draws_on_the_host_is_not_recorded(gpu, dataset, draw, capsys):
+    """A replay would repeat one draw; NumPy's are those of the step without a recording."""
+
+    class Dropping(Small):
+        drawn = 0
+
+        def forward(self, x):
+            self.drawn = draw()
+            return super().forward(x) * np.float32(self.drawn)
+
+    eager = make_updater(dataset, Dropping(), recorded=False)
+    updater, drawn = make_updater(dataset, Dropping()), []
+    for step in range(7):
+        for each in (eager, updater):
+            random.seed(step)
+            each.update()
+            drawn.append(each.optimizer.target.drawn)
+            np.random.rand()  # by somebody else, in between
+        assert drawn[-1] == drawn[-2]
+    assert len(set(drawn)) == 7
+    assert_same(state(updater), state(eager))
+    assert capsys.readouterr().err.count("no CUDA graph (numbers drawn on the host") == 1
 
 
 @pytest.mark.parametrize("cut", [2, 5, 7])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 import chainer
 import numpy as np
 
+from resnet import random
 from resnet.backends.flat import FlatMomentumSGD
 from resnet.backends.gpu import cuda, programs
 
@@ -24,9 +25,10 @@ EAGER = 3  # calls before the recording: they compile kernels, build plans and f
 class Captured:
     """A function without arguments that is recorded on its fourth call and replayed afterwards.
 
-    If it cannot be recorded, one line on stderr says why and it goes on being called. The process
-    must be alone: from here on its work is on a stream of its own, and ChainerMN packs and sums
-    gradients on the null stream without waiting for it.
+    If it cannot be recorded, or draws numbers on the host, which a replay would not do again, one
+    line on stderr says so and it goes on being called. The process must be alone: from here on its
+    work is on a stream of its own, and ChainerMN packs and sums gradients on the null stream
+    without waiting for it.
 
     Args:
         function: All its work is on the GPU, on the same arrays each time.
@@ -74,7 +76,8 @@ class Captured:
         try:
             self.stream.begin_capture()
             try:
-                self.function()
+                with random.nothing_drawn():
+                    self.function()
             except BaseException:
                 self._abandon()
                 raise
@@ -124,6 +127,8 @@ class Step:
         self._next = iteration + 1
         self.optimizer.send_rate()
         t = self.optimizer.t
+        if self.captured.graph is None:  # a replay draws nothing on the host
+            random.seed_numpy(self.batches.seed, iteration, 0)
         self.captured()
         self.optimizer.t = t + 1  # a replay does not count, a failed recording counts twice
 
