@@ -20,7 +20,7 @@ from resnet.backends.gpu import capture, cuda
 from resnet.backends.gpu.cudnn import PRECISIONS
 from resnet.backends.reference import REFERENCE
 
-count_gpus = cuda.count_gpus
+count_gpus, why_no_gpu = cuda.count_gpus, cuda.why_no_gpu
 ON_GPU = ("cuda", "tensorcores")
 BACKENDS = ("auto", "chainer", "onednn", "winograd", *ON_GPU)
 _backend = REFERENCE

@@ -365,7 +365,7 @@ def test_cuda_without_a_driver_is_no_gpu(monkeypatch):
         pass
 
     def count():
-        raise CUDARuntimeError("cudaErrorInsufficientDriver")
+        raise CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
 
     runtime = SimpleNamespace(CUDARuntimeError=CUDARuntimeError, getDeviceCount=count)
     monkeypatch.setattr(chainer.cuda, "available", True)
@@ -373,8 +373,27 @@ def test_cuda_without_a_driver_is_no_gpu(monkeypatch):
     monkeypatch.setattr(programs, "cupy", lambda: cupy)
     assert cuda.count_gpus() == 0
     assert flags.find_device(None).name == "@numpy"
-    with pytest.raises(InputError, match="no GPU was found here"):
+    why = "driver new enough for its CUDA .cudaErrorInsufficientDriver: CUDA driver version is"
+    with pytest.raises(InputError, match=f"no GPU was found here: CuPy finds no GPU or no {why}"):
         flags.find_device("0")
+    with pytest.raises(ValueError, match=why):
+        functions.use("cuda")
+
+
+def test_a_gpu_asked_for_without_cupy_is_answered_by_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(chainer.cuda, "available", False)
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"--device: found '0', .*: CuPy is missing: pip install"):
+        flags.find_device("0")
+
+
+def test_a_wrong_number_is_answered_by_those_that_there_are(monkeypatch):
+    runtime = SimpleNamespace(CUDARuntimeError=RuntimeError, getDeviceCount=lambda: 2)
+    monkeypatch.setattr(chainer.cuda, "available", True)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(programs, "cupy", lambda: cupy)
+    with pytest.raises(InputError, match=r"found '2', legal: cpu or a GPU from 0 to 1$"):
+        flags.find_device("2")
 
 
 def test_on_a_gpu_it_computes_where_it_can(monkeypatch):

@@ -113,7 +113,7 @@ class WithOldCudnn:
     ],
 )
 def test_without_cudnn_one_line_says_so(monkeypatch, module, line):
-    monkeypatch.setattr(cuda, "_without_gpu", lambda: None)
+    monkeypatch.setattr(cuda, "why_no_gpu", lambda: None)
     monkeypatch.setattr(cudnn, "_cuda_version", lambda: 13000)
     monkeypatch.setattr(cudnn, "_import_frontend", module)
     monkeypatch.setattr(cudnn, "frontend", cudnn.frontend.__wrapped__)

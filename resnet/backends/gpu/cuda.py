@@ -32,7 +32,7 @@ SCALE = 1024  # of float16 gradients: those of a mean over 128 images are about 
 
 def available() -> tuple[bool, str]:
     """Whether this backend can run here, and one line that says what it is or what is missing."""
-    problem = _without_gpu()
+    problem = why_no_gpu()
     if problem:
         return False, problem
     try:
@@ -44,22 +44,20 @@ def available() -> tuple[bool, str]:
 
 def count_gpus() -> int:
     """GPUs that CuPy can compute on; 0 without CuPy, too."""
-    if not chainer.cuda.available:
-        return 0
-    try:
-        return programs.cupy().cuda.runtime.getDeviceCount()
-    except programs.cupy().cuda.runtime.CUDARuntimeError:  # CuPy and CUDA are here, but no driver
-        return 0
+    return 0 if why_no_gpu() else programs.cupy().cuda.runtime.getDeviceCount()
 
 
-def _without_gpu() -> str | None:
+def why_no_gpu() -> str | None:
     """Why CuPy cannot compute here, in one line, or None."""
-    if count_gpus():
-        return None
-    if importlib.util.find_spec("cupy") is None:
-        return "CuPy is missing: pip install 'cupy-cuda13x[ctk]>=14'"
     if chainer.cuda.available:
-        return "CuPy finds no GPU or no driver"
+        runtime = programs.cupy().cuda.runtime
+        try:
+            return None if runtime.getDeviceCount() else "CuPy finds no GPU"
+        except runtime.CUDARuntimeError as error:  # CuPy and CUDA are here, but no driver
+            words = " ".join(str(error).split())
+            return f"CuPy finds no GPU or no driver new enough for its CUDA ({words})"
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is missing: pip install 'cupy-cuda13x[ctk]>=14', or -cuda12x"
     try:
         chainer.cuda.check_cuda_available()
     except RuntimeError as error:
