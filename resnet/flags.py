@@ -232,8 +232,8 @@ def find_device(name: str | None, local: int = 0) -> chainer.backend.Device:
     index = name.removeprefix("@cupy:")
     if index.isascii() and index.isdigit() and len(index) < 4 and int(index) < gpus:
         return chainer.get_device(f"@cupy:{index}")
-    others = f" or a GPU from 0 to {gpus - 1}" if gpus else "; no GPU was found here: "
-    legal = f"cpu{others}{functions.why_no_gpu() or ''}"
+    none = f"; no GPU was found here: {functions.why_no_gpu()}"
+    legal = "cpu" + (f" or a GPU from 0 to {gpus - 1}" if gpus else none)
     raise InputError(f"--device: found '{name}', legal: {legal}", USAGE)
 
 
