@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from resnet import command, files, flags, record, run_folder
 from resnet.command import STOPPED, InputError
-from resnet.network import ARCHITECTURES, depth
+from resnet.network import ARCHITECTURES
 from resnet.stopping import StopRequest
 
 SCRIPTS = {
@@ -59,10 +59,16 @@ class Training:
     seed: int = 0
 
     @property
+    def architecture(self) -> str:
+        """Of the network; partial training trains ResNets."""
+        return self.net if self.net in ARCHITECTURES else "resnet"
+
+    @property
     def name(self) -> str:
         """Name of its run folder."""
         shorten = {"shorten": self.shorten} if self.shorten > 1 else {}
-        return files.run_name(f"{self.net}-{depth(self.n)}", self.seed, shorten | self.choices)
+        net = f"{self.net}-{ARCHITECTURES[self.architecture].depth(self.n)}"
+        return files.run_name(net, self.seed, shorten | self.choices)
 
     @property
     def words(self) -> list[str]:
@@ -76,8 +82,7 @@ class Training:
     @property
     def blocks(self) -> dict:
         """What its blocks.h5 holds."""
-        architecture = self.net if self.net in ARCHITECTURES else "resnet"  # of partial training
-        return {"architecture": architecture, "n": self.n, "seed": self.seed}
+        return {"architecture": self.architecture, "n": self.n, "seed": self.seed}
 
 
 def three(n: int, shorten: int = 4) -> tuple[Training, ...]:

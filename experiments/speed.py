@@ -52,7 +52,7 @@ import numpy as np
 from resnet import command, files, flags, functions, record, training
 from resnet.backends.cpu import onednn, primitives
 from resnet.backends.gpu.capture import EAGER, Captured
-from resnet.network import CHANNELS, depth, resnet
+from resnet.network import CHANNELS, resnet
 
 CPU_BACKENDS = tuple(name for name in functions.BACKENDS if name not in ("auto", *functions.ON_GPU))
 OURS = {
@@ -289,7 +289,7 @@ def measure(
     """Let the variants take turns of about ``turn`` seconds; a result for each."""
     workers = []
     for variant in variants:
-        print(f"# ResNet-{depth(n)}, batch {batchsize}: starting {variant}", file=sys.stderr)
+        print(f"# ResNet-{resnet.depth(n)}, batch {batchsize}: starting {variant}", file=sys.stderr)
         workers.append(Worker(variant, n, batchsize, device))
     counts = {}
     for worker in workers:  # one each tells how many fill a turn; it is not counted
@@ -315,7 +315,7 @@ def is_exclusive(device) -> bool:
 
 def result(worker: Worker, n: int, batchsize: int) -> dict:
     """Sum up what one variant has measured."""
-    found = {"layers": depth(n), "batchsize": batchsize, "variant": worker.variant}
+    found = {"layers": resnet.depth(n), "batchsize": batchsize, "variant": worker.variant}
     found |= {"precision": parts(worker.variant)[1], "backend": worker.backend}
     if worker.error is not None:
         return {**found, "error": worker.error}

@@ -120,7 +120,8 @@ def profile(n: int, steps: int, line: str) -> None:
     total = statistics.median(whole)
     rows = sorted(((statistics.median(each), what) for what, each in times.items()), reverse=True)
     rows.append((total - sum(seconds for seconds, _ in rows), "pooling, loss, graph and the rest"))
-    print(f"ResNet-{6 * n + 2}, batch {BATCHSIZE}, {line}: {1e3 * total:.0f} ms a step {kind}\n")
+    what = f"ResNet-{resnet.depth(n)}, batch {BATCHSIZE}, {line}"
+    print(f"{what}: {1e3 * total:.0f} ms a step {kind}\n")
     print("| pass | ms | share |\n| --- | --- | --- |")
     for seconds, what in rows:
         if seconds > 0:

@@ -124,23 +124,25 @@ class Group:
 
     @property
     def layers(self) -> int | None:
-        """Weighted layers, 6n + 2 (report, II); None for a plain log."""
-        return 6 * self.conditions["n"] + 2 if self.architecture else None
+        """Weighted layers, 6n + 2 where a module has two (report, II); None for a plain log."""
+        if not self.architecture:
+            return None
+        return self._recorded("layers", int, 6 * self.conditions["n"] + 2)
 
     @property
     def label(self) -> str | None:
         """What tables and plots call the architecture; None for a plain log."""
-        return NAMES.get(self.architecture) or self._recorded("label", self.architecture)
+        return NAMES.get(self.architecture) or self._recorded("label", str, self.architecture)
 
     @property
     def beside(self) -> str | None:
         """The architecture whose numbers are set beside those of one that the report has not."""
-        return None if self.architecture in NAMES else self._recorded("beside", None)
+        return None if self.architecture in NAMES else self._recorded("beside", str, None)
 
-    def _recorded(self, key: str, default: str | None) -> str | None:
-        """What the last start of the first run says."""
+    def _recorded(self, key: str, kind: type, default):
+        """Look up what the last start of the first run says; older versions said less."""
         found = self.runs[0].starts[-1].get(key) if self.runs[0].starts else None
-        return found if isinstance(found, str) else default
+        return found if type(found) is kind else default
 
     @property
     def name(self) -> str:

@@ -29,7 +29,7 @@ from resnet import (
 )
 from resnet.batches import Images
 from resnet.command import InputError, Parser
-from resnet.network import ARCHITECTURES, depth
+from resnet.network import ARCHITECTURES
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
@@ -149,9 +149,8 @@ def main() -> None:
     device.use()
     network.to_device(device)
     print(
-        f"{path}: {ARCHITECTURES[description.architecture].title}, {depth(description.n)} "
-        f"layers, trained on {description.dataset}, seed {description.seed}, "
-        f"epoch {description.epoch}"
+        f"{path}: {ARCHITECTURES[description.architecture].describe(description.n)}, trained on "
+        f"{description.dataset}, seed {description.seed}, epoch {description.epoch}"
     )
     if first := functions.first_start():
         print(first, flush=True)

@@ -94,6 +94,7 @@ def to_onnx(network: Network, description: weights.Description, mean: np.ndarray
         mean: Per-pixel mean of the training images, float32 (3, 32, 32).
     """
     onnx = _require("onnx", ONNX)
+    kind = networks.ARCHITECTURES[description.architecture]
     with warnings.catch_warnings():  # onnx_chainer was tested with ONNX 1.6
         warnings.simplefilter("ignore")
         import onnx_chainer
@@ -101,7 +102,7 @@ def to_onnx(network: Network, description: weights.Description, mean: np.ndarray
         model = onnx_chainer.export(
             _FromImages(network, mean),
             np.zeros((1, *weights.IMAGE), np.float32),
-            graph_name=f"{description.architecture}-{networks.depth(description.n)}",
+            graph_name=f"{description.architecture}-{kind.depth(description.n)}",
             opset_version=11,
             input_names=["images"],
             output_names=["logits"],
@@ -406,8 +407,8 @@ def main() -> None:
         mean = weights.read_mean(path)
     if args.torch:
         check_has_module(path, description)
-    print(f"{path}: {networks.ARCHITECTURES[description.architecture].title}, "
-          f"{networks.depth(description.n)} layers")  # fmt: skip
+    kind = networks.ARCHITECTURES[description.architecture]
+    print(f"{path}: {kind.describe(description.n)}")
     rng = np.random.RandomState(0)
     images = {"random images": rng.randint(256, size=(COUNT, *weights.IMAGE)).astype(np.uint8)}
     real = images_of(path, description, args.data)

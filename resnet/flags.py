@@ -71,8 +71,8 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
     add = p.add_argument
     # fmt: off
     add("--n", type=whole_number(*DEPTH), nargs="+", metavar="N",
-        help="modules per block, 6n + 2 layers; several are trained one after the other "
-        f"(default: {depths})")
+        help="modules per block, 6n + 2 layers where a module has two; several are trained one "
+        f"after the other (default: {depths})")
     add("--batchsize", "-b", type=whole_number(*BATCH), default=BATCHSIZE, metavar="B",
         help="images per iteration (default: %(default)s)")
     add("--epoch", "-e", type=whole_number(*EPOCHS), metavar="E",

@@ -25,14 +25,6 @@ BLOCKS = ("conv2", "conv3", "conv4")  # Table I, in the order of the forward pas
 GROUPS = ("conv1", *BLOCKS, "fc")
 
 
-def depth(n: int) -> int:
-    """Count the weighted layers of a network with ``n`` modules per block: 6n + 2."""
-    return 6 * n + 2
-
-
-DEPTHS = {n: depth(n) for n in (3, 5, 7, 9, 18)}  # the report's: 20, 32, 44, 56 and 110
-
-
 class Stem(chainer.Chain):
     """The first layer, group conv1 of Table I: 3x3 convolution, batch normalization, ReLU."""
 
@@ -59,7 +51,7 @@ class Head(L.Linear, chainer.Chain):  # a Chain, so that others can add links to
 
 
 class Network(chainer.Chain):
-    """A network of 6n + 2 layers for images of 32 x 32 pixels: the groups of Table I in a row.
+    """A network for images of 32 x 32 pixels: the groups of Table I in a row.
 
     Args:
         architecture: Which kind of network.
@@ -140,6 +132,7 @@ class Architecture:
         block: Class of the blocks: (n, channels_in, channels, stride, rng, module).
         stem: Class of conv1: (channels, rng).
         head: Class of fc: (channels, classes, rng).
+        layers: Weighted layers of a module, one after the other: gates and shortcuts do not count.
         beside: Name of the architecture whose numbers tables set beside its own; None: its own
             column is the report's.
     """
@@ -151,12 +144,21 @@ class Architecture:
     block: type[chainer.Chain] = Block
     stem: type[chainer.Chain] = Stem
     head: type[chainer.Link] = Head
+    layers: int = 2
     beside: str | None = None
 
     def __call__(
         self, n: int, seed: int = 0, present: Collection[str] = BLOCKS, classes: int = 10
     ) -> Network:
         return Network(self, n, seed, present, classes)
+
+    def depth(self, n: int) -> int:
+        """Count the weighted layers: 6n + 2 where a module has two (report, II)."""
+        return len(BLOCKS) * n * self.layers + 2
+
+    def describe(self, n: int) -> str:
+        """Say what a network is, such as "ResNet, 20 layers"."""
+        return f"{self.title}, {self.depth(n)} layers"
 
 
 TWO_LAYERS = "F = bn2(conv2(ReLU(bn1(conv1(x)))))"
@@ -192,6 +194,7 @@ ARCHITECTURES = {
 plain, resnet, resresnet, highway = (
     ARCHITECTURES[name] for name in ("plain", "resnet", "resresnet", "highway")
 )
+DEPTHS = {n: resnet.depth(n) for n in (3, 5, 7, 9, 18)}  # the report's: 20, 32, 44, 56 and 110
 
 
 def find_architecture(name: str) -> Architecture:

@@ -28,7 +28,7 @@ from chainer import training as chainer_training
 
 from resnet import extensions, files, run_folder, schedule, training, weights
 from resnet.command import USAGE, InputError
-from resnet.network import BLOCKS, GROUPS, Network, depth, resnet
+from resnet.network import BLOCKS, GROUPS, Network, resnet
 from resnet.schedule import LAST_EPOCHS, STAGES
 from resnet.training import Run, Setting
 
@@ -49,7 +49,7 @@ class PartialTraining:
         setting: What it shares with the other runs of the command.
 
     Attributes:
-        identity, folder, schedule: As those of a ``Run``.
+        layers, identity, folder, schedule: As those of a ``Run``.
         stages: Runs in a row, each of which begins with what the one before saved.
     """
 
@@ -58,11 +58,12 @@ class PartialTraining:
         if args.resume is not None and args.stage is None:
             raise InputError("--resume: a snapshot is of one stage; legal: with --stage K", USAGE)
         self.order, self.n, self.seed, self.setting = order, n, seed, setting
+        self.layers = resnet.depth(n)
         self.chosen = training.choices(args) | options(args)
         plans = [stage_schedule(k, args, setting.size) for k in range(1, len(STAGES) + 1)]
         self.schedule = in_a_row(plans)
         self.identity = training.identify(setting, name, n, seed, self.schedule, self.chosen)
-        self.folder = training.name_folder(setting, name, n, seed, self.chosen)
+        self.folder = training.name_folder(setting, f"{name}-{self.layers}", seed, self.chosen)
         self.stages = [self.make_stage(number, plan) for number, plan in enumerate(plans, 1)]
 
     # A stage.
@@ -73,8 +74,9 @@ class PartialTraining:
         identity = training.identify(setting, "resnet", n, seed, plan, self.chosen)
         return Run(
             setting=setting,
-            title=f"ResNet-{depth(n)} (n = {n}), {self.order}, stage {number} of {len(STAGES)} "
+            title=f"ResNet-{self.layers} (n = {n}), {self.order}, stage {number} of {len(STAGES)} "
             f"with {', '.join(self.present(number))}",
+            layers=self.layers,
             identity={**identity, "order": self.order, "stage": number},
             folder=self.folder / f"stage{number}",
             schedule=plan,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from resnet import command, files, record, weights
 from resnet.command import InputError
-from resnet.network import ARCHITECTURES, depth
+from resnet.network import ARCHITECTURES
 
 CARD = "README.md"
 
@@ -59,10 +59,11 @@ def card(path: Path) -> str:
     drops = ", ".join(f"{drop:,}" for drop in plan["drops"])
     commits = dict.fromkeys((start.get("git") or {}).get("commit", "unknown") for start in starts)
     commands = "\n".join(dict.fromkeys("    " + start["command"] for start in starts))
-    kind = ARCHITECTURES[weights.describe(path / "blocks.h5").architecture].title
+    kind = ARCHITECTURES[weights.describe(path / "blocks.h5").architecture]
+    layers = kind.depth(run["n"])
     return f"""# {path.name}
 
-A {kind} of {depth(run["n"])} layers (report, Table I), for images of 32 x 32 pixels in the ten
+A {kind.title} of {layers} layers (report, Table I), for images of 32 x 32 pixels in the ten
 classes of CIFAR-10.
 
 - Accuracy: {last[f"{evaluation}/main/accuracy"]:.2%} on the {evaluation} images after the last

@@ -32,7 +32,7 @@ from resnet import (
 )
 from resnet.batches import Batches, Images
 from resnet.command import STOPPED, USAGE, InputError, clock, reason, unheard
-from resnet.network import ARCHITECTURES, DEPTHS, GROUPS, Network, depth, find_architecture
+from resnet.network import ARCHITECTURES, DEPTHS, GROUPS, Network, find_architecture
 from resnet.parallel import ALONE, Processes
 from resnet.stopping import StopRequest, UntilDone
 from resnet.updater import Updater
@@ -166,9 +166,10 @@ def whole_network(architecture: str, n: int, seed: int, setting: Setting) -> Run
     plan, chosen = choose_schedule(setting), choices(setting.args)
     return Run(
         setting=setting,
-        title=f"{kind.title}, {depth(n)} layers (n = {n})",
+        title=f"{kind.describe(n)} (n = {n})",
+        layers=kind.depth(n),
         identity=identify(setting, architecture, n, seed, plan, chosen),
-        folder=name_folder(setting, architecture, n, seed, chosen),
+        folder=name_folder(setting, f"{architecture}-{kind.depth(n)}", seed, chosen),
         schedule=plan,
         stream=seed,
         build=lambda: kind(n, seed),
@@ -211,11 +212,11 @@ def identify(
     }
 
 
-def name_folder(setting: Setting, what: str, n: int, seed: int, chosen: dict) -> Path:
-    """Name the run folder of ``what``; see ``files.run_name``."""
+def name_folder(setting: Setting, net: str, seed: int, chosen: dict) -> Path:
+    """Name the run folder of ``net``; see ``files.run_name``."""
     args = setting.args
     shorten = {"shorten": args.shorten} if args.shorten > 1 else {}
-    return args.out / files.run_name(f"{what}-{depth(n)}", seed, shorten | chosen)
+    return args.out / files.run_name(net, seed, shorten | chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +226,7 @@ class Run:
     Attributes:
         setting: What it shares with the other runs of the command.
         title: What is trained, for the header.
+        layers: How many weighted ones the network has.
         identity: As ``identify`` returns it.
         folder: The run folder.
         schedule: Rate of every iteration.
@@ -236,6 +238,7 @@ class Run:
 
     setting: Setting
     title: str
+    layers: int
     identity: dict
     folder: Path
     schedule: schedule.Schedule
@@ -422,6 +425,7 @@ class Run:
         return {
             "label": kind.label,
             "beside": kind.beside,
+            "layers": self.layers,
             "formula": kind.formula,
             "sources": record.sources(kind.module, kind.block, kind.stem, kind.head),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -485,11 +489,11 @@ def print_summary(runs: Sequence[Run]) -> None:
     setting = runs[0].setting
     evaluation, data = setting.evaluation, setting.dataset.name
     print(f"{evaluation} accuracy on {data}, last epoch, by layers:")
-    for n in dict.fromkeys(run.identity["n"] for run in runs):
-        results = [result(run.folder, evaluation) for run in runs if run.identity["n"] == n]
+    for layers in dict.fromkeys(run.layers for run in runs):
+        results = [result(run.folder, evaluation) for run in runs if run.layers == layers]
         values = [100 * last[f"{evaluation}/main/accuracy"] for last, _, _ in results]
         deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
         diverged = sum(diverged for _, _, diverged in results)
         note = f", {diverged} of them diverged" if diverged else ""
         runs_note = f"{len(values)} run{'s' * (len(values) > 1)}{note}"
-        print(f"{depth(n):5d}  {mean(values):6.2f}{deviation} %  ({runs_note})", flush=True)
+        print(f"{layers:5d}  {mean(values):6.2f}{deviation} %  ({runs_note})", flush=True)

@@ -18,7 +18,7 @@ from resnet import cifar10, export, extensions, functions, pretrained, synthetic
 from resnet.backends.cpu import onednn
 from resnet.batches import Images
 from resnet.command import InputError
-from resnet.network import ARCHITECTURES, depth, resnet
+from resnet.network import ARCHITECTURES, resnet
 
 MEAN = np.random.RandomState(5).rand(3, 32, 32).astype(np.float32)
 CLASSES = ("Wagen", "鳥", '"', "d", "e", "f", "g", "h", "i", "j")
@@ -115,7 +115,7 @@ def check_all_images(path, images, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [1, 3], ids=depth)
+@pytest.mark.parametrize("n", [1, 3], ids=resnet.depth)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_test_image_keeps_its_class(architecture, n, all_images, tmp_path, monkeypatch):
     """After 100 iterations: the averages are those of images, and the answers differ."""
@@ -125,7 +125,7 @@ def test_every_test_image_keeps_its_class(architecture, n, all_images, tmp_path,
                   "--epoch", 1, "--warmup", "on", "--out", tmp_path,
                   "--data", os.environ.get("CIFAR10_COPY") or "synthetic")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    run = tmp_path / f"{architecture}-{depth(n)}-seed0"
+    run = tmp_path / f"{architecture}-{resnet.depth(n)}-seed0"
     check_all_images(run, all_images, tmp_path, monkeypatch)
 
 

@@ -18,7 +18,6 @@ from resnet.network import (
     BLOCKS,
     DEPTHS,
     GROUPS,
-    depth,
     highway,
     plain,
     resnet,
@@ -53,7 +52,7 @@ def test_sizes_are_those_of_the_published_networks(architecture, n, parameters):
     """Option A adds none; option B would give 272,474 for 20 layers."""
     net = ARCHITECTURES[architecture](n)
     assert net.count_params() == parameters == count_by_hand(n)
-    assert len(weighted(net)) == 6 * n + 2 == depth(n) == DEPTHS[n]
+    assert len(weighted(net)) == 6 * n + 2 == ARCHITECTURES[architecture].depth(n) == DEPTHS[n]
 
 
 def test_the_network_of_1202_layers_has_19_4_million_parameters():

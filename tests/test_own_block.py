@@ -9,10 +9,11 @@ import chainer
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, python
+from conftest import ROOT, make_run, python
 from torch.nn import functional as F
 
-from resnet import command, evaluate, network, weights
+from plots import logs, tables
+from resnet import command, evaluate, network, training, weights
 from resnet.torch_module import EPS, option_a
 
 SCRIPT = ROOT / "tests" / "preactivation.py"
@@ -71,6 +72,40 @@ def test_a_run_does_not_go_on_unnoticed_with_another_module(tmp_path):
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert "begun with modules that compute 'conv2(ReLU(" in refused.stderr
     assert "Going on from" in (end := train(content)).stdout and end.returncode == 0
+
+
+def test_layers_are_counted_where_a_module_has_three(dataset, tmp_path, capsys):
+    """Folder, header, summary and tables say 9n + 2, and set it beside a ResNet as deep."""
+    source = SCRIPT.read_text()
+    for two, three in (
+        ('beside="resnet"', 'beside="resnet", layers=3'),
+        ("self.conv2(relu", "self.conv3(relu(self.bn3(self.conv2(relu"),
+        ("self.bn2(h)))", "self.bn2(h))))))"),
+        ("            self.bn2 =", "            self.bn3 = Normalization(channels)\n"
+         "            self.conv3 = Convolution(channels, channels, 1, rng)\n"
+         "            self.bn2 ="),
+    ):  # fmt: skip
+        assert source.count(two) == 1
+        source = source.replace(two, three)
+    (tmp_path / "bottleneck.py").write_text(source)
+    runpy.run_path(str(tmp_path / "bottleneck.py"))
+    assert len(network.ARCHITECTURES["preact"](2).conv4[1].conv3.W) == 64
+    setting = make_run(dataset, tmp_path / "runs", "-e", "1").setting
+    runs = [training.whole_network("preact", n, 0, setting) for n in (1, 2)]
+    runs.append(training.whole_network("resnet", 3, 0, setting))
+    for run in runs:
+        run.train()
+    training.print_summary(runs[:2])
+    assert [run.folder.name for run in runs[:2]] == ["preact-11-seed0", "preact-20-seed0"]
+    said = capsys.readouterr().out
+    assert "# Network: pre-activation ResNet, 20 layers (n = 2), " in said
+    summary = said.partition("last epoch, by layers:\n")[2].splitlines()
+    assert [line.split()[0] for line in summary] == ["11", "20"]
+    groups = logs.read([tmp_path / "runs"])
+    assert [group.name for group in groups] == ["ResNet-20", "PreAct-11", "PreAct-20"]
+    table = tables.markdown(groups).partition("Not in the report")[2]
+    rows = [row.count("(1 run)") for row in table.splitlines() if row.startswith(("| 11", "| 20"))]
+    assert rows == [1, 2]
 
 
 def test_training_refuses_to_begin_where_a_link_would_be_lost(tmp_path):
