@@ -310,10 +310,7 @@ class Run:
         setting, iterations = self.setting, self.schedule.iterations
         data, mean, processes = setting.dataset, setting.mean, setting.processes
         network = self.build()
-        try:  # before hours are spent on what could not be saved
-            weights.check_groups(network)
-        except ValueError as error:
-            raise InputError(f"architecture '{self.identity['architecture']}': {error}") from None
+        weights.check_groups(network)  # before hours are spent on what could not be saved
         network.to_device(setting.device)
         optimizer = functions.momentum_sgd(network, MOMENTUM, WEIGHT_DECAY)
         trained_on = data.train_x[: setting.size], data.train_y[: setting.size]

@@ -73,7 +73,7 @@ def save(path: Path | str, network: Network, description: Description, mean: np.
         mean: Per-pixel mean of the training images, float32 (3, 32, 32), in units of 0..1.
 
     Raises:
-        ValueError: The network has weights or statistics that are in none of the groups.
+        InputError: ``check_groups`` refuses the network.
     """
     check_groups(network)
     path = Path(path)
@@ -94,7 +94,7 @@ def check_groups(network: Network) -> None:
     """Refuse a network of which a file would lose something.
 
     Raises:
-        ValueError: It has weights or statistics that are in none of its groups, or a link that
+        InputError: It has weights or statistics that are in none of its groups, or a link that
             Chainer does not know of: made outside of ``init_scope``, in a list, tuple, dict or
             set, or part of what is no chain.
     """
@@ -102,15 +102,17 @@ def check_groups(network: Network) -> None:
     for link in network.links():
         for name, value in vars(link).items():
             if any(id(each) not in known for each in _trainable(value)):
-                where = type(link).__name__
-                raise ValueError(f"found {name} of {where}, which no optimizer sees and no file "
-                                 "keeps; legal: made in init_scope of a chainer.Chain, many in a "
-                                 "chainer.ChainList")  # fmt: skip
+                raise InputError(
+                    f"architecture: found {name} of {type(link).__name__}, which no optimizer sees "
+                    "and no file keeps; legal: made in init_scope of a chainer.Chain, many in a "
+                    "chainer.ChainList"
+                )
     everything = DictionarySerializer()
     everything.save(network)
     inside = tuple(f"{name}/" for name in network.groups)
     if lost := sorted(name for name in everything.target if not name.startswith(inside)):
-        raise ValueError(f"found {', '.join(lost)}, legal: all in {', '.join(network.groups)}")
+        legal = ", ".join(network.groups)
+        raise InputError(f"architecture: found {', '.join(lost)}, legal: all in {legal}")
 
 
 def _trainable(value: object) -> Iterator[chainer.Link | chainer.Parameter]:

@@ -75,7 +75,7 @@ def test_a_network_with_weights_outside_its_groups_is_refused_not_cut_short(tmp_
     net = trained()
     with net.init_scope():
         net.bn = Normalization(64)
-    with pytest.raises(ValueError, match=r"bn/avg_mean.*bn/gamma.*legal: all in conv1, conv2"):
+    with pytest.raises(InputError, match=r"bn/avg_mean.*bn/gamma.*legal: all in conv1, conv2"):
         weights.save(tmp_path / "blocks.h5", net, describe(), MEAN)
     assert not list(tmp_path.iterdir())
 
@@ -90,11 +90,11 @@ def test_a_link_that_chainer_does_not_know_of_is_refused(tmp_path):
                 self.bn = Normalization(channels)
 
     unknown = dataclasses.replace(ARCHITECTURES["resnet"], head=Last)(1)
-    with pytest.raises(ValueError, match=r"found bn of Last, .* legal: made in init_scope"):
+    with pytest.raises(InputError, match=r"found bn of Last, .* legal: made in init_scope"):
         weights.save(tmp_path / "blocks.h5", unknown, describe(), MEAN)
     net = trained()
     net.conv2[0].bn3 = Normalization(16)
-    with pytest.raises(ValueError, match="found bn3 of ResidualModule"):
+    with pytest.raises(InputError, match="found bn3 of ResidualModule"):
         weights.save(tmp_path / "blocks.h5", net, describe(), MEAN)
     assert not list(tmp_path.iterdir())
 
@@ -119,7 +119,7 @@ def test_links_in_a_plain_container_are_refused_where_chainer_does_not_know_them
     module.sq_too.append(module.sq_too)
     weights.check_groups(net)
     module.sq = hold(L.Linear(16, 16))
-    with pytest.raises(ValueError, match=r"found sq of ResidualModule, .* chainer\.ChainList"):
+    with pytest.raises(InputError, match=r"found sq of ResidualModule, .* chainer\.ChainList"):
         weights.save(tmp_path / "blocks.h5", net, describe(), MEAN)
     assert not list(tmp_path.iterdir())
 
