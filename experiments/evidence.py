@@ -66,9 +66,8 @@ class Training:
     @property
     def name(self) -> str:
         """Name of its run folder."""
-        shorten = {"shorten": self.shorten} if self.shorten > 1 else {}
         net = f"{self.net}-{ARCHITECTURES[self.architecture].depth(self.n)}"
-        return files.run_name(net, self.seed, shorten | self.choices)
+        return run_folder.run_name(net, self.seed, self.shorten, self.choices)
 
     @property
     def words(self) -> list[str]:

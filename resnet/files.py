@@ -216,24 +216,6 @@ def only_writer(folder: Path | str) -> Iterator[None]:
         yield
 
 
-def run_name(net: str, seed: int, choices: dict) -> str:
-    """Name of a run folder: what is trained, the choices beyond the report's, the seed.
-
-    So runs with different choices lie beside each other. Not all that a run is stands in the name:
-    a folder of other data or another batch size is refused.
-
-    Args:
-        net: For instance ``resnet-20``.
-        seed: Its seed.
-        choices: Flags and their values, of those that are not the report's.
-    """
-    words = []
-    for name, value in choices.items():
-        own = "" if value is True else f"-{value}" if isinstance(value, str) else f"{value:g}"
-        words.append(name.replace(" ", "-") + own)
-    return "-".join([net, *words, f"seed{seed}"])
-
-
 def write_json(path: Path | str, value: object) -> None:
     """Write ``value`` as indented JSON."""
     with whole(path) as temporary:

@@ -23,6 +23,25 @@ from resnet.command import InputError
 from resnet.parallel import Processes
 
 
+def run_name(net: str, seed: int, shorten: int, choices: dict) -> str:
+    """Name a run folder: what is trained, the choices beyond the report's, the seed.
+
+    So runs with different choices lie beside each other. Not all that a run is stands in the name:
+    a folder of other data or another batch size is refused.
+
+    Args:
+        net: For instance ``resnet-20``.
+        seed: Its seed.
+        shorten: By how much its schedule is shortened.
+        choices: Flags and their values, of those that are not the report's.
+    """
+    words = [f"shorten{shorten}"] if shorten > 1 else []
+    for name, value in choices.items():
+        own = "" if value is True else f"-{value}" if isinstance(value, str) else f"{value:g}"
+        words.append(name.replace(" ", "-") + own)
+    return "-".join([net, *words, f"seed{seed}"])
+
+
 @contextlib.contextmanager
 def only_writers(folder: Path, processes: Processes) -> Iterator[None]:
     """Create ``folder`` and have the right to write into it, as ``files.only_writer`` says.

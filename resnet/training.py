@@ -213,10 +213,8 @@ def identify(
 
 
 def name_folder(setting: Setting, net: str, seed: int, chosen: dict) -> Path:
-    """Name the run folder of ``net``; see ``files.run_name``."""
-    args = setting.args
-    shorten = {"shorten": args.shorten} if args.shorten > 1 else {}
-    return args.out / files.run_name(net, seed, shorten | chosen)
+    """Name the run folder of ``net``; see ``run_folder.run_name``."""
+    return setting.args.out / run_folder.run_name(net, seed, setting.args.shorten, chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
