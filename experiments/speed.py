@@ -464,8 +464,7 @@ def main() -> None:
     print(text)
     if args.out:
         files.write_json(args.out.with_suffix(".json"), {**made, "results": results})
-        with files.whole(args.out.with_suffix(".md")) as temporary:
-            temporary.write_text(text)
+        files.write(args.out.with_suffix(".md"), text)
     wanted = OURS if args.only or gpu else ("ours",)  # not every processor has every backend
     failed = [r for r in results if "error" in r and r["variant"] in wanted]
     if failed:

@@ -735,7 +735,7 @@ def markdown(groups: Sequence[Group]) -> str:
 
 def main() -> None:
     p = logs.parser(__doc__)
-    p.add_argument("--out", "-o", type=Path, metavar="FOLDER",
+    p.add_argument("--out", "-o", type=command.path, metavar="FOLDER",
                    help="write claims.md there (default: print it)")  # fmt: skip
     args = p.parse_args()
     text = markdown(logs.read(args.runs))
@@ -743,8 +743,7 @@ def main() -> None:
         print(text, end="")
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    with files.whole(args.out / "claims.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    files.write(args.out / "claims.md", text)
     print(f"wrote {args.out / 'claims.md'}")
 
 

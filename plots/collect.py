@@ -108,8 +108,7 @@ def renew(folder: Path, check: bool) -> list[str]:
         changed = [name for name in names if differs(folder / name, out / name)]
         for name in [] if check else changed:
             if (out / name).exists():
-                with files.whole(folder / name) as half:
-                    half.write_bytes((out / name).read_bytes())
+                files.write(folder / name, (out / name).read_bytes())
             else:
                 (folder / name).unlink()
     return changed

@@ -225,8 +225,7 @@ def save(figure: Figure, path: Path | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()  # on a full disk Matplotlib's PDF hides the reason
     write(figure, content, path.suffix.lower().removeprefix("."))
-    with files.whole(path) as temporary:
-        temporary.write_bytes(content.getvalue())
+    files.write(path, content.getvalue())
 
 
 def picture(text: str) -> Path:

@@ -236,8 +236,7 @@ def main() -> None:
     args = p.parse_args()
     text = page(logs.read(args.runs))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with files.whole(args.out) as temporary:
-        temporary.write_bytes(text.encode(errors="backslashreplace"))
+    files.write(args.out, text)
     print(f"wrote {args.out}")
 
 

@@ -106,8 +106,7 @@ def main() -> None:
         print(text, end="")
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    with files.whole(args.out / name) as temporary:
-        temporary.write_bytes(text.encode(errors="backslashreplace"))
+    files.write(args.out / name, text)
     print(f"wrote {args.out / name}")
 
 

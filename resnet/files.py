@@ -216,7 +216,13 @@ def only_writer(folder: Path | str) -> Iterator[None]:
         yield
 
 
+def write(path: Path | str, content: bytes | str) -> None:
+    """Write a whole file; a character of a text that no encoding has, as Python writes it."""
+    with whole(path) as temporary:
+        text = isinstance(content, str)
+        temporary.write_bytes(content.encode(errors="backslashreplace") if text else content)
+
+
 def write_json(path: Path | str, value: object) -> None:
     """Write ``value`` as indented JSON."""
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+    write(path, json.dumps(value, indent=2) + "\n")

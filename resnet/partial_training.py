@@ -18,7 +18,6 @@ What the report leaves open is settled as follows.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
@@ -155,8 +154,8 @@ class PartialTraining:
         if processes.agree(self.stages[-1].is_complete()):
             if processes.rank == 0:
                 self.join(done=True)
-                with files.whole(self.folder / "blocks.h5") as temporary:
-                    shutil.copyfile(self.stages[-1].folder / "blocks.h5", temporary)
+                content = files.read_ours(self.stages[-1].folder / "blocks.h5")
+                files.write(self.folder / "blocks.h5", content)
             processes.wait()
             training.report(self.folder, self.setting)
 

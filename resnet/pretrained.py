@@ -102,10 +102,8 @@ def add(run: Path, name: str) -> Path:
         raise InputError(f"{run}: its log or args.json is damaged ({error})") from None
     target = folder() / name
     record.publish(run, target)
-    with files.whole(target / "blocks.h5") as temporary:
-        temporary.write_bytes((run / "blocks.h5").read_bytes())
-    with files.whole(target / CARD) as temporary:
-        temporary.write_text(card(target), encoding="utf-8")
+    files.write(target / "blocks.h5", (run / "blocks.h5").read_bytes())
+    files.write(target / CARD, card(target))
     return target
 
 

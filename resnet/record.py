@@ -153,8 +153,7 @@ def publish(run: Path, target: Path) -> None:
         raise InputError(f"{run}: not made from a clean checkout; legal: a run of a commit")
     target.mkdir(parents=True, exist_ok=True)
     files.write_json(target / "args.json", content)
-    with files.whole(target / "log") as temporary:
-        temporary.write_text(log)
+    files.write(target / "log", log)
 
 
 def describe_code(git: dict | None) -> str:

@@ -62,8 +62,7 @@ def only_writers(folder: Path, processes: Processes) -> Iterator[None]:
             # First the lock: who writes here already is what a second one has to be told.
             held.enter_context(files.only_writer(folder))
             held.callback(_remove_unused, new)
-            with files.whole(folder / "writable") as temporary:  # before hours are spent
-                temporary.write_bytes(bytes(4096))
+            files.write(folder / "writable", bytes(4096))  # before hours are spent
             (folder / "writable").unlink()
         except OSError as error:
             raise InputError(
@@ -166,8 +165,7 @@ def refuse_other_run(where: str, found: dict, wanted: dict) -> None:
 
 def write_log(path: Path, entries: list[dict]) -> None:
     """Write a log as Chainer's ``LogReport`` does."""
-    with files.whole(path) as temporary:
-        temporary.write_text(json.dumps(entries, indent=4))
+    files.write(path, json.dumps(entries, indent=4))
 
 
 def check_log(entries: object, evaluation: str, iterations: int | None = None) -> None:
@@ -250,8 +248,7 @@ class Snapshots(training.Extension):
         serializer.save(trainer)
         content = io.BytesIO()
         np.savez(content, identity=json.dumps(self.identity), sealed=True, **serializer.target)
-        with files.whole(path) as temporary:
-            temporary.write_bytes(files.seal(content.getvalue()))
+        files.write(path, files.seal(content.getvalue()))
         # Newer ones are damaged, or another --resume was asked for: they take nobody's place.
         older = [each for each in self.files() if _iteration(each) <= updater.iteration]
         for old in older[self.keep :]:

@@ -86,8 +86,7 @@ def save(path: Path | str, network: Network, description: Description, mean: np.
         file["mean"] = chainer.cuda.to_cpu(mean)
         for name in description.groups:
             chainer.serializers.HDF5Serializer(file.create_group(name)).save(network[name])
-    with files.whole(path) as temporary:
-        temporary.write_bytes(files.seal(content.getvalue()))
+    files.write(path, files.seal(content.getvalue()))
 
 
 def check_groups(network: Network) -> None:

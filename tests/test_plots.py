@@ -705,6 +705,15 @@ def test_tables_prints_or_writes(work, groups):
     assert (work / "out/tables.csv").read_text() == tables.comma_separated(groups)
 
 
+@pytest.mark.parametrize("name", ["tables", "claims", "report"])
+def test_a_name_that_no_encoding_has_is_written_as_python_does(tmp_path, name):
+    folder = hostile(tmp_path, identity={"data": "a\ud800"})
+    out = tmp_path / ("page.html" if name == "report" else "out")
+    done = script(name, folder, "-o", out, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"a\ud800" in (out if out.is_file() else out / f"{name}.md").read_text()
+
+
 def test_report_writes_the_page(work, groups):
     done = script("report", MEASURED, "-o", "page.html", cwd=work)
     assert (done.returncode, done.stderr) == (0, "")
@@ -730,6 +739,7 @@ def test_help_gives_examples_and_no_network_is_imported(work):
         (["tables", MEASURED, "--format", "word"], 2, "word"),
         (["figures"], 2, "RUNS"),
         (["tables", MEASURED, "-o", "/dev/null/x"], 1, "/dev/null"),
+        (["claims", MEASURED, "-o", ""], 2, "found '', legal: the name of a file or folder"),
     ],
 )
 def test_mistakes_are_one_line(work, words, code, message):

@@ -264,11 +264,11 @@ def test_a_log_is_never_half_written(finished, monkeypatch):
     log = finished.folder / "log"
     before = log.read_bytes()
 
-    def full(path, text):
-        path.open("w").write(text[:9])
+    def full(path, content):
+        path.open("wb").write(content[:9])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         run_folder.write_log(log, [{"epoch": 1}])
     assert log.read_bytes() == before and not list(log.parent.glob(".*.tmp"))
