@@ -25,7 +25,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plots import conditions, logs, reference
-from plots.results import BLANK, spread
+from plots.results import BLANK, WITHIN, spread
 from plots.runs import COMPLETE, DIVERGED, NAMES, Group, Run
 from resnet import command, files
 
@@ -390,7 +390,7 @@ def collect(groups: Sequence[Group]) -> list[Evidence]:
     """The runs that may be compared, put together; the full schedule first."""
     trained = [group for group in groups if group.architecture in NAMES]
     keys = {key for group in trained for key in group.conditions}
-    keys -= {"architecture", "n", "warm-up", "schedule", *CHOICES}
+    keys -= {*WITHIN, "schedule", *CHOICES}
     varying = [key for key in conditions.varying(trained) if key in keys]
     found: dict[str, tuple[str, list[Group]]] = {}
     for group in trained:

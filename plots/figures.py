@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from plots import conditions, curves, logs, reference
+from plots.results import WITHIN
 from plots.runs import NAMES, Group
 from resnet import command
 
@@ -61,7 +62,7 @@ PICTURES = (
 def draw(picture: Picture, groups: Sequence[Group]) -> Iterator[tuple[str, str, Figure]]:
     """The pictures of one figure, one for each set of conditions: file name, caption, drawing."""
     chosen = [group for group in groups if (group.architecture, group.layers) in picture.nets]
-    within = ("architecture", "n", "warm-up", *picture.together)
+    within = (*WITHIN, *picture.together)
     apart = [key for key in conditions.varying(chosen) if key not in within]
     slugs: list[str] = []
     one = len({architecture for architecture, _ in picture.nets}) == 1

@@ -12,7 +12,7 @@ from plots.runs import COMPLETE, DIVERGED, NAMES, UNFINISHED, Group
 
 BLANK = "\N{EN DASH}"  # not measured
 BEST = "Best epoch (chosen on the images it is measured on: no result)"
-WITHIN = ("architecture", "n", "warm-up")  # conditions that may differ within one table
+WITHIN = ("architecture", "n", "warm-up")  # conditions that may differ within a table or a picture
 SOURCES = " after the last epoch; He et al. and the report on CIFAR-10"
 PARTIAL = {  # III.B: how the blocks of a ResNet-32 were trained
     "resnet": "all from the start",
