@@ -22,6 +22,15 @@ from resnet.arrays import Kind
 from resnet.command import InputError
 from resnet.parallel import Processes
 
+# Of a snapshot: names in it, and what they are.
+LOG, NAMES = "extensions/LogReport/_log", "extensions/LogReport/_summary/_names"
+ALWAYS = {  # beside the updater's: what every snapshot holds
+    LOG: Kind("text", ()),
+    NAMES: Kind("text", ()),
+    "_snapshot_elapsed_time": Kind("float64", ()),
+}
+NUMBERS = (Kind("float64", ()), Kind("int64", ()))  # what else of extensions may stand in one
+
 
 def run_name(net: str, seed: int, shorten: int, choices: dict) -> str:
     """Name a run folder: what is trained, the choices beyond the report's, the seed.
@@ -250,13 +259,13 @@ class Snapshots(training.Extension):
         np.savez(content, identity=json.dumps(self.identity), sealed=True, **serializer.target)
         files.write(path, files.seal(content.getvalue()))
         # Newer ones are damaged, or another --resume was asked for: they take nobody's place.
-        older = [each for each in self.files() if _iteration(each) <= updater.iteration]
+        older = [each for each in self.paths() if _iteration(each) <= updater.iteration]
         for old in older[self.keep :]:
             old.unlink(missing_ok=True)
         self._last = time.monotonic()
         return path
 
-    def files(self) -> list[Path]:
+    def paths(self) -> list[Path]:
         """List the snapshots in the folder, newest first."""
         found = self.folder.glob("snapshot_iter_*.npz")
         return sorted(found, key=_iteration, reverse=True)
@@ -267,7 +276,7 @@ class Snapshots(training.Extension):
         Raises:
             InputError: A newer one cannot be read, or is of another run.
         """
-        paths = self.files()
+        paths = self.paths()
         for path, before in itertools.zip_longest(paths, paths[1:]):
             try:
                 state = self._read(path, trainer)
@@ -299,7 +308,7 @@ class Snapshots(training.Extension):
 
     def read_log(self, evaluation: str, iterations: int) -> tuple[list[dict], Path] | None:
         """Find a log that ends at ``iterations``, and the snapshot it is in; None without one."""
-        for path in self.files():
+        for path in self.paths():
             with contextlib.suppress(ValueError), files.parsing():
                 content = self._parse(path)
                 entries = json.loads(str(content[LOG]))
@@ -350,15 +359,6 @@ class Snapshots(training.Extension):
             if not all(isinstance(each, str) for each in json.loads(str(state[NAMES]))):
                 raise ValueError(f"{NAMES}: not a list of names")
         return state
-
-
-LOG, NAMES = "extensions/LogReport/_log", "extensions/LogReport/_summary/_names"
-ALWAYS = {  # beside the updater's: what every snapshot holds
-    LOG: Kind("text", ()),
-    NAMES: Kind("text", ()),
-    "_snapshot_elapsed_time": Kind("float64", ()),
-}
-NUMBERS = (Kind("float64", ()), Kind("int64", ()))  # what else of extensions may stand in one
 
 
 def _iteration(snapshot: Path) -> int:
