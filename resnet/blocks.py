@@ -18,7 +18,7 @@ class Block(chainer.ChainList):
         channels: Channels of every module's output.
         stride: Stride of the first module.
         rng: Source of the initial weights.
-        module: Class of the modules, ``PlainModule`` or ``ResidualModule``.
+        module: Class of the modules.
     """
 
     def __init__(

@@ -270,12 +270,8 @@ class Run:
         if resumed:
             self._refuse_other_formula(starts, start)
         self._print_header(trainer.updater, resumed, start["git"])
-        if resumed and (before := starts[-1:]) and before[0].get("device") != start["device"]:
-            print(f"NOTE: begun on {before[0].get('device')}: on another processor the last digits")
-            print("      of the log may differ from those of an uninterrupted run.\n", flush=True)
-        if resumed and (changed := record.changed_sources(starts, start)):
-            print(f"NOTE: {', '.join(changed)}: changed since this run was begun. If it computes")
-            print("      something else now, the run is of neither.\n", flush=True)
+        if resumed and starts:
+            _note_changes(starts, start)
         before = [each["packages"] for each in starts if "packages" in each]
         if before[-1:] == [start["packages"]]:
             del start["packages"]  # as at the start before
@@ -449,6 +445,16 @@ class Run:
             groups=network.groups,
         )
         weights.save(self.folder / "blocks.h5", network, description, self.setting.mean)
+
+
+def _note_changes(starts: list[dict], start: dict) -> None:
+    """Print what is other than before, and may make the run another than it would have been."""
+    if (device := starts[-1].get("device")) != start["device"]:
+        print(f"NOTE: begun on {device}: on another processor the last digits")
+        print("      of the log may differ from those of an uninterrupted run.\n", flush=True)
+    if changed := record.changed_sources(starts, start):
+        print(f"NOTE: {', '.join(changed)}: changed since this run was begun. If it computes")
+        print("      something else now, the run is of neither.\n", flush=True)
 
 
 def result(folder: Path, evaluation: str) -> tuple[dict, dict, bool]:
