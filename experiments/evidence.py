@@ -85,7 +85,7 @@ class Training:
 
 
 def three(n: int, shorten: int = 4) -> tuple[Training, ...]:
-    """The three architectures in one depth."""
+    """Name the three architectures in one depth."""
     return tuple(Training(net, n, shorten) for net in ("plain", "resnet", "resresnet"))
 
 
@@ -116,7 +116,7 @@ FULL_SEEDS = range(5)
 
 
 def trainings(full: bool = False) -> list[Training]:
-    """The list, training by training.
+    """Write out the list, training by training.
 
     Args:
         full: Nothing shortened and ``FULL_SEEDS`` of each, the first seed of all of them first.
@@ -193,12 +193,12 @@ class Trainer:
 
 
 def is_complete(training: Training, out: Path) -> bool:
-    """Whether its run folder in ``out`` holds the blocks that are saved at the end, intact."""
+    """Tell whether its run folder in ``out`` holds the blocks that are saved at the end, intact."""
     return run_folder.has_blocks(out / training.name, training.blocks)
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether another process writes to a run folder."""
+    """Tell whether another process writes to a run folder."""
     try:
         with files.only_writer(folder):
             return False
@@ -265,7 +265,7 @@ def _train(wanted: list[Training], out: Path, passed_on: list[str], trainer: Tra
 
 
 def flags_of(args: argparse.Namespace) -> Iterator[str]:
-    """The flags for the experiments that were given."""
+    """Spell the flags for the experiments that were given."""
     for name in PASSED_ON:
         if (value := getattr(args, name)) is not None:
             yield from (f"--{name}", value)

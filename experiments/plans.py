@@ -35,12 +35,12 @@ CALLS, ROUNDS = 20, 5  # between two looks at the GPU's clock, and how often
 
 
 def dtype(precision: str) -> np.dtype:
-    """Type of the images at a precision."""
+    """Tell the type of the images at a precision."""
     return np.dtype("f2" if precision == "fp16" else "f4")
 
 
 def convolutions(batchsize: int, precision: str) -> list[cudnn.Convolution]:
-    """One for each shape in the networks, at that precision."""
+    """List one for each shape in the networks, at that precision."""
     least = 16 // dtype(precision).itemsize  # channels come in 16 bytes, as cuda.py packs them
     return [
         cudnn.Convolution((batchsize, max(inputs, least), size, size), outputs, stride, precision)
@@ -49,7 +49,7 @@ def convolutions(batchsize: int, precision: str) -> list[cudnn.Convolution]:
 
 
 def arrays(convolution: cudnn.Convolution) -> dict:
-    """Random numbers for input, filters and output, by the plan's numbers."""
+    """Draw random numbers for input, filters and output, by the plan's numbers."""
     rng = np.random.default_rng(0)
     return {
         uid: chainer.cuda.cupy.asarray(
@@ -60,7 +60,7 @@ def arrays(convolution: cudnn.Convolution) -> dict:
 
 
 def microseconds(call: Callable[[], None]) -> float:
-    """Time of a call on the GPU, recorded as in training, where the host's calls cost nothing.
+    """Time a call on the GPU, recorded as in training, where the host's calls cost nothing.
 
     The median of several rounds, without the first.
     """
@@ -86,7 +86,7 @@ def microseconds(call: Callable[[], None]) -> float:
 
 
 def timed(convolution: cudnn.Convolution, kind: str, every: bool) -> list[dict]:
-    """Name, workspace in KiB and time of the plan that is taken; then of all that are wanted."""
+    """Find name, workspace in KiB and time of the plan that is taken; then of all wanted."""
     numbers = arrays(convolution)  # a plan knows only where they are: they must stay there
     where = {uid: cudnn.address(array) for uid, array in numbers.items()}
 
@@ -112,7 +112,7 @@ def timed(convolution: cudnn.Convolution, kind: str, every: bool) -> list[dict]:
 
 
 def ours(convolution: cudnn.Convolution, kind: str) -> float | None:
-    """Time of our own kernel for it, in microseconds, or None if there is none."""
+    """Time our own kernel for it, in microseconds; None if there is none."""
     shape, filters = convolution.shapes[cudnn.X], convolution.out_shape[1]
     own = tensor_cores.find(shape, filters, convolution.stride, convolution.precision)
     if own is None or (kind == cudnn.DATA and not own.has_backward_data):
@@ -129,7 +129,7 @@ def ours(convolution: cudnn.Convolution, kind: str) -> float | None:
 
 
 def possible(graph) -> Iterator[int]:
-    """The places of the plans that can be built, in the order of the heuristics; builds them."""
+    """Build the plans that can be, in the order of the heuristics; their places."""
     for place in range(graph.get_execution_plan_count()):
         try:
             graph.build_plan_at_index(place)
@@ -139,7 +139,7 @@ def possible(graph) -> Iterator[int]:
 
 
 def table(rows: list[tuple[cudnn.Convolution, str, float | None, list[dict]]]) -> str:
-    """A Markdown table of our kernels and the plans, with the fastest of those that were timed."""
+    """Lay out our kernels and the plans in Markdown, with the fastest of those that were timed."""
     head = ["Input", "Filters", "Stride", "Precision", "Convolution", "Ours, us", "Plan", "KiB",
             "us", "Fastest", "KiB", "us"]  # fmt: skip
     lines = [head, ["---"] * len(head)]

@@ -203,7 +203,7 @@ def flop(n: int, same: float = 1, strided: float = 1) -> float:
 
 
 def work(variant: str, n: int, batchsize: int, device, out: TextIO) -> None:
-    """A variant's process: for each number read, so many measurements, and a line with them."""
+    """Be a variant's process: for each number read, measure so often, and print a line."""
 
     def answer(**values) -> None:
         print(json.dumps(values), file=out, flush=True)

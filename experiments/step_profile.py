@@ -58,7 +58,7 @@ def leave_out(steps: list[str]) -> str:
 
 
 def measured(function, times: list[float], clock):
-    """``function``, which adds its time to the last of ``times``."""
+    """Wrap ``function``, which then adds its time to the last of ``times``."""
 
     @functools.wraps(function)
     def call(*arguments):

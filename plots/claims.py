@@ -79,16 +79,16 @@ class Quantity:
     diverged: bool = False
 
     def values(self, group: Group | None) -> list[float]:
-        """Of the complete runs of a group."""
+        """List the values of the complete runs of a group."""
         runs = group.of(COMPLETE) + group.of(DIVERGED) * self.diverged if group else []
         return [value for run in runs if (value := self.of(run)) is not None]
 
     def scaled(self, values: Iterable[float]) -> list[float]:
-        """The values on the scale on which they are compared."""
+        """Bring values to the scale on which they are compared."""
         return [math.log(max(value, SMALLEST)) if self.relative else value for value in values]
 
     def show(self, values: Sequence[float]) -> str:
-        """Mean ± deviation (runs); of losses with four digits."""
+        """Write mean ± deviation (runs); of losses with four digits."""
         return spread(values, 4 if self.relative else 2)
 
 
@@ -98,7 +98,7 @@ def _overfitting(run: Run) -> float | None:
 
 
 def _distance(block: str, stage: int) -> Callable[[Run], float | None]:
-    """How far ``block`` has moved at the end of a stage of partial training, in % of its norm."""
+    """Measure how far ``block`` has moved in a stage of partial training, in % of its norm."""
 
     def of(run: Run) -> float | None:
         found = [e.get(f"{block}/distance") for e in run.entries if e.get("stage") == stage]
@@ -108,9 +108,9 @@ def _distance(block: str, stage: int) -> Callable[[Run], float | None]:
 
 
 def _rise(stage: int, same_rate: bool) -> Callable[[Run], float | None]:
-    """Training loss of the first epoch of a stage, times that of the last one before.
+    """Divide training loss of the first epoch of a stage by that of the last one before.
 
-    With ``same_rate``, of the last one before that had the rate of the former.
+    With ``same_rate``, by that of the last one before that had its rate.
     """
 
     def of(run: Run) -> float | None:
@@ -167,7 +167,7 @@ class Comparison:
         return f"{' against '.join(nets)} in {self.left.quantity.name.partition(',')[0]}"
 
     def show(self, difference: float, half: float) -> str:
-        """Its name, and the difference with its 95 % interval."""
+        """Write its name, and the difference with its 95 % interval."""
         if self.left.quantity.relative:
             ratio, low, high = map(math.exp, (difference, difference - half, difference + half))
             return f"{self.name}: {ratio:.2f} times, {low:.2f} to {high:.2f}"
@@ -247,11 +247,11 @@ class Evidence:
                 self.groups[net] = group
 
     def values(self, side: Side) -> list[float]:
-        """The quantity of each run, on the scale on which it is compared."""
+        """Find the quantity of each run, on the scale on which it is compared."""
         return side.quantity.scaled(side.quantity.values(self.groups.get(side.net)))
 
     def difference(self, comparison: Comparison) -> tuple[float, float]:
-        """The difference, and the half of its 95 % interval; NaN where no spread is known."""
+        """Compute the difference and half of its 95 % interval; NaN where no spread is known."""
         left, right = comparison.left, comparison.right
         samples = [self.values(side) for side in comparison.sides]
         shares: dict[tuple, float] = {}  # of the variance of a single run, by kind of net
@@ -270,7 +270,7 @@ class Evidence:
         return mean(samples[0]) - other, student(freedom) * math.sqrt(variance)
 
     def _variance(self, kind: tuple, quantity: Quantity) -> tuple[float, int]:
-        """Variance of a single run within all nets of a kind, and its degrees of freedom."""
+        """Compute the variance of one run within all nets of a kind, and its degrees of freedom."""
         known = [self.values(Side(net, quantity)) for net in self.groups if _kind(net) == kind]
         freedom = sum(len(values) - 1 for values in known if values)
         squares = sum((value - mean(values)) ** 2 for values in known for value in values)
@@ -278,13 +278,13 @@ class Evidence:
 
 
 def student(freedom: float) -> float:
-    """Student's t, two-sided 95 %; NaN if ``freedom`` is."""
+    """Look up Student's t, two-sided 95 %; NaN if ``freedom`` is."""
     known = [t for least, t in STUDENT.items() if least <= freedom + SMALLEST]
     return known[-1] if known else math.nan
 
 
 def decide(comparison: Comparison, difference: float, half: float) -> bool | None:
-    """Whether a comparison holds; None where the runs cannot tell.
+    """Decide whether a comparison holds; None where the runs cannot tell.
 
     Args:
         comparison: What is asked.
@@ -310,7 +310,7 @@ def decide(comparison: Comparison, difference: float, half: float) -> bool | Non
 
 
 def judge(claim: Claim, evidence: Evidence) -> Verdict | None:
-    """The verdict on a claim by runs of one schedule; None without any of its runs."""
+    """Find the verdict on a claim by runs of one schedule; None without any of its runs."""
     sides = list(dict.fromkeys(side for each in claim.comparisons for side in each.sides))
     measured: dict[str, list[str]] = {}
     for side in sides:
@@ -366,13 +366,13 @@ def _net(group: Group) -> Net:
 
 
 def _kind(net: Net) -> tuple:
-    """Of a net, whatever its depth: nets of a kind are spread alike by their seeds."""
+    """Tell the kind of a net of any depth: nets of a kind are spread alike by their seeds."""
     architecture = "resnet" if net.architecture in ("top_down", "bottom_up") else net.architecture
     return architecture, dict(net.choices).get("augmentation")
 
 
 def _schedule(group: Group) -> str:
-    """Name of the schedule, the same for the whole net and for partial training beside it."""
+    """Name the schedule, the same for the whole net and for partial training beside it."""
     plan = group.conditions["schedule"]
     name, _, factor = str(plan.get("name")).partition(" / ")
     if conditions.is_partial(plan):
@@ -387,7 +387,7 @@ def _schedule(group: Group) -> str:
 
 
 def collect(groups: Sequence[Group]) -> list[Evidence]:
-    """The runs that may be compared, put together; the full schedule first."""
+    """Put the runs together that may be compared; the full schedule first."""
     trained = [group for group in groups if group.architecture in NAMES]
     keys = {key for group in trained for key in group.conditions}
     keys -= {*WITHIN, "schedule", *CHOICES}
@@ -403,7 +403,7 @@ def collect(groups: Sequence[Group]) -> list[Evidence]:
 
 
 def verdicts(groups: Sequence[Group]) -> list[tuple[Claim, list[Verdict]]]:
-    """For each claim its verdicts: of each schedule in which none of its runs is missing.
+    """Find for each claim its verdicts: of each schedule in which none of its runs is missing.
 
     Where there is none, the one of the schedule that has the most of them.
     """
@@ -420,7 +420,7 @@ def verdicts(groups: Sequence[Group]) -> list[tuple[Claim, list[Verdict]]]:
 
 
 def summary(groups: Sequence[Group]) -> list[str]:
-    """One sentence for each verdict, with the claims that have it; what failed first."""
+    """Write one sentence for each verdict, with the claims that have it; what failed first."""
     sentences = []
     for word in (NOT_REPRODUCED, REPRODUCED, OPEN):
         titles = []
@@ -706,13 +706,13 @@ CLAIMS = (
 
 
 def note(groups: Sequence[Group]) -> str:
-    """How differences are judged, and what all runs have in common."""
+    """Say how differences are judged, and what all runs have in common."""
     ours = conditions.shared(groups, but=["schedule"])
     return HOW + (f" Runs: {ours}." if ours else "")
 
 
 def markdown(groups: Sequence[Group]) -> str:
-    """Summary, table, and the rules with their commands, in Markdown."""
+    """Write summary, table, and the rules with their commands, in Markdown."""
     lines = ["### The report's claims", "", note(groups), ""]
     lines += [f"- {sentence}" for sentence in summary(groups)]
     lines += [

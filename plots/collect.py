@@ -49,7 +49,7 @@ def add(runs: Sequence[Path], folder: Path) -> None:
 
 
 def kept(folder: Path) -> dict:
-    """What the run is that was kept in a folder."""
+    """Tell what the run is that was kept in a folder."""
     try:
         return logs.read_run(folder / "log").identity
     except ValueError as error:
@@ -80,7 +80,7 @@ def _save(figure, path: Path) -> None:
 
 
 def differs(found: Path, wanted: Path) -> bool:
-    """Whether a file is not what it should be; of a picture, whether it shows something else.
+    """Tell whether a file differs from the wanted one; of a picture, whether it shows other things.
 
     What it was drawn from is compared, and what one sees: another Matplotlib writes other bytes.
     """

@@ -20,7 +20,7 @@ ORDER = (
 
 
 def describe(key: str, value: object) -> str:
-    """A condition in a few words; '' for one that goes without saying."""
+    """Say a condition in a few words; '' for one that goes without saying."""
     match key:
         case "training images":
             return f"{value:,} training images"
@@ -50,12 +50,12 @@ def describe(key: str, value: object) -> str:
 
 
 def is_partial(plan: dict) -> bool:
-    """Whether a schedule is that of partial training, all stages, maybe shortened."""
+    """Tell whether a schedule is that of partial training, all stages, maybe shortened."""
     return str(plan.get("name")).partition(" / ")[0] == "partial"
 
 
 def tag(key: str, values: dict) -> str:
-    """A condition in a word or two, for the name of a file.
+    """Say a condition in a word or two, for the name of a file.
 
     Args:
         key: Its name.
@@ -80,7 +80,7 @@ def _rank(key: str) -> tuple:
 
 
 def varying(groups: Sequence[Group]) -> list[str]:
-    """The conditions in which the groups differ."""
+    """List the conditions in which the groups differ."""
     keys = {key for group in groups for key in group.conditions}
     return [
         key
@@ -90,7 +90,7 @@ def varying(groups: Sequence[Group]) -> list[str]:
 
 
 def partition(groups: Sequence[Group], but: Sequence[str]) -> list[list[Group]]:
-    """The groups put together where their conditions agree, those in ``but`` aside."""
+    """Put groups together where their conditions agree, those in ``but`` aside."""
     parts: dict[str, list[Group]] = {}
     for group in groups:
         key = {name: value for name, value in group.conditions.items() if name not in but}
@@ -99,7 +99,7 @@ def partition(groups: Sequence[Group], but: Sequence[str]) -> list[list[Group]]:
 
 
 def shared(groups: Sequence[Group], but: Sequence[str] = ()) -> str:
-    """The conditions in which all groups agree, in words, leaving out those in ``but``."""
+    """Say the conditions in which all groups agree, in words, leaving out those in ``but``."""
     if not groups:
         return ""
     left_out = {*varying(groups), "architecture", "n", "log", *but}
@@ -109,7 +109,7 @@ def shared(groups: Sequence[Group], but: Sequence[str] = ()) -> str:
 
 
 def labels(groups: Sequence[Group], name: Callable[[Group], str] | None = None) -> list[str]:
-    """A name for each group, with the conditions in which it differs from others.
+    """Name each group, with the conditions in which it differs from others.
 
     Args:
         groups: The groups that are shown together.

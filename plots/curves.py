@@ -68,7 +68,7 @@ BAND = "smallest to largest run"
 
 
 def combine(series: Sequence[dict[float, float]]) -> tuple[np.ndarray, ...]:
-    """Epochs that all series have, and their mean, smallest and largest value there."""
+    """Find the epochs that all series have, and their mean, smallest and largest value there."""
     epochs = [epoch for epoch in series[0] if all(epoch in each for each in series)]
     values = np.array([[each[epoch] for epoch in epochs] for each in series])
     return np.array(epochs), values.mean(axis=0), values.min(axis=0), values.max(axis=0)
@@ -80,7 +80,7 @@ def draw(
     title: str = "",
     looks: Sequence[int] | None = None,
 ) -> Figure:
-    """Training loss on the left, evaluation error on the right.
+    """Draw training loss on the left, evaluation error on the right.
 
     The complete runs of a group are one mean line with a band from the smallest to the largest;
     a run that diverged or is not finished is a thin line of its own.
@@ -137,7 +137,7 @@ def draw(
 
 
 def _as_it_is(text: str) -> str:
-    """``text`` for Matplotlib, which takes what is between dollars for mathematics."""
+    """Write ``text`` for Matplotlib, which takes what is between dollars for mathematics."""
     return command.one_line(text).replace("$", r"\$")
 
 
@@ -182,7 +182,7 @@ def _dress(left, right, groups: Sequence[Group], title: str, figure: Figure) -> 
 
 
 def _legend(figure: Figure, handles: list) -> None:
-    """A legend below the panels, where it hides no line; the picture grows by its height."""
+    """Draw a legend below the panels, where it hides no line; the picture grows by its height."""
     for handle in handles:
         handle.set_label(fill(handle.get_label(), LABEL))
     labels = [handle.get_label() for handle in handles]
@@ -229,7 +229,7 @@ def save(figure: Figure, path: Path | str) -> None:
 
 
 def picture(text: str) -> Path:
-    """An argument type: the name of a PNG or PDF file."""
+    """Parse an argument: the name of a PNG or PDF file."""
     path = Path(text)
     if path.suffix.lower() not in FORMATS:
         raise argparse.ArgumentTypeError(f"found '{text}', legal: a name in {' or '.join(FORMATS)}")

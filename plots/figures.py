@@ -60,7 +60,7 @@ PICTURES = (
 
 
 def draw(picture: Picture, groups: Sequence[Group]) -> Iterator[tuple[str, str, Figure]]:
-    """The pictures of one figure, one for each set of conditions: file name, caption, drawing."""
+    """Draw one figure, once for each set of conditions: name of the file, caption, picture."""
     chosen = [group for group in groups if (group.architecture, group.layers) in picture.nets]
     within = (*WITHIN, *picture.together)
     apart = [key for key in conditions.varying(chosen) if key not in within]

@@ -17,13 +17,13 @@ EVALUATIONS = ("test", "validation")  # prefixes of the log's keys, in order of 
 
 
 def _between(least: float, most: float, *kinds: type):
-    """A check of a number; NaN and infinity are none that lies between others."""
+    """Make a check of a number; NaN and infinity are none that lies between others."""
     kinds = kinds or (int, float)
     return lambda value: type(value) in kinds and least <= value <= most
 
 
 def _is_loss(value: object) -> bool:
-    """Whether it is a number, or none because training diverged."""
+    """Tell whether it is a number, or none because training diverged."""
     return isinstance(value, float) or _between(-1e300, 1e300, int)(value)
 
 
@@ -120,13 +120,13 @@ def read(paths: Sequence[Path | str]) -> list[Group]:
 
 
 def stamps(paths: Sequence[Path]) -> dict[Path, int]:
-    """When each log under ``paths`` was last written; those that are not there yet left out."""
+    """Tell when each log under ``paths`` was last written; without those that are not there yet."""
     found = (log for path in paths if Path(path).exists() for log in _find(path))
     return {log: log.stat().st_mtime_ns for log in found if log.exists()}
 
 
 def _find(path: Path | str, refused: Callable[[OSError], None] | None = None) -> Iterable[Path]:
-    """Log files at or under ``path``; a run folder is not searched further.
+    """Find log files at or under ``path``; a run folder is not searched further.
 
     Args:
         path: A log, or a folder.
@@ -199,7 +199,7 @@ def read_run(log: Path | str) -> Run:
 
 
 def parser(description: str) -> Parser:
-    """The arguments that every script here has."""
+    """Make a parser of the arguments that every script here has."""
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "runs",

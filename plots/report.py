@@ -60,7 +60,7 @@ STARTS = {  # of args.json
 
 
 def page(groups: Sequence[Group]) -> str:
-    """The whole page."""
+    """Write the whole page."""
     anchors = {id(group): f"runs-{i}" for i, group in enumerate(groups, 1)}
     count = sum(len(group.runs) for group in groups)
     runs = "".join(_group(group, anchors[id(group)]) for group in groups)
@@ -91,7 +91,7 @@ accuracy after the last epoch, as mean ± standard deviation (runs). Each leads 
 
 
 def _claims(groups: Sequence[Group], anchors: dict[int, str]) -> str:
-    """Every claim with its rule, commands, what was measured, and the verdicts."""
+    """Write every claim with its rule, commands, what was measured, and the verdicts."""
 
     def lines(texts: Sequence[str]) -> str:
         return "<br>".join(map(escape, texts)) or results.BLANK
@@ -165,7 +165,7 @@ def _figures(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _embedded(figure: Figure) -> str:
-    """The picture as a data URL; as an image of its own, its ids meet no others."""
+    """Write the picture as a data URL; as an image of its own, its ids meet no others."""
     file = io.BytesIO()
     curves.write(figure, file, "svg")
     plt.close(figure)
@@ -216,7 +216,7 @@ def _start(start: dict) -> str:
 
 
 def page_name(text: str) -> Path:
-    """An argument type: the name of an HTML file."""
+    """Parse an argument: the name of an HTML file."""
     path = Path(text)
     if path.suffix.lower() not in (".html", ".htm"):
         raise argparse.ArgumentTypeError(f"found '{text}', legal: a name in .html")

@@ -46,13 +46,13 @@ class Table:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean ± sample standard deviation (runs); a single run has no deviation."""
+    """Write mean ± sample standard deviation (runs); a single run has no deviation."""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation} ({len(values)} run{'s' * (len(values) > 1)})"
 
 
 def last(group: Group) -> str:
-    """Accuracy after the last epoch; runs that diverged or are not finished stand apart."""
+    """Write accuracy after the last epoch; runs that diverged or are not finished stand apart."""
     parts = []
     if complete := group.of(COMPLETE):
         parts.append(spread([run.last for run in complete]))
@@ -65,13 +65,13 @@ def last(group: Group) -> str:
 
 
 def best(group: Group) -> str:
-    """Accuracy of the best epoch of complete runs."""
+    """Write accuracy of the best epoch of complete runs."""
     complete = group.of(COMPLETE)
     return spread([run.best for run in complete]) if complete else BLANK
 
 
 def measured(groups: Sequence[Group], architecture: str, layers: int) -> Cell:
-    """The cell of one network; with a note on each where it was trained in several ways."""
+    """Make the cell of one network; with a note on each where it was trained in several ways."""
     own = [g for g in groups if (g.architecture, g.layers) == (architecture, layers)]
     if not own:
         return Cell(BLANK)
@@ -84,7 +84,7 @@ def measured(groups: Sequence[Group], architecture: str, layers: int) -> Cell:
 
 
 def is_measured(group: Group) -> bool:
-    """Whether one of its runs has come to its end."""
+    """Tell whether one of its runs has come to its end."""
     return bool(group.of(COMPLETE) or group.of(DIVERGED))
 
 
@@ -121,7 +121,7 @@ def _fig9(groups: list[Group]) -> Table:
 
 
 def _beyond(groups: list[Group]) -> Table:
-    """Architectures that the report has not, each beside the one it is compared with."""
+    """Set architectures that the report has not, each beside the one it is compared with."""
     labels = {group.architecture: group.label for group in groups}
     new = {group.architecture: group.beside for group in groups if group.beside}
     names = dict.fromkeys((*new.values(), *new))
@@ -172,7 +172,7 @@ def _note(groups: Sequence[Group], sources: str = "", but: Sequence[str] = ()) -
 
 
 def _images(groups: Sequence[Group]) -> str:
-    """What the accuracy was measured on, to stand beside the number."""
+    """Say what the accuracy was measured on, to stand beside the number."""
     if not groups:
         return "not measured"
     ours = groups[0].conditions
@@ -180,7 +180,7 @@ def _images(groups: Sequence[Group]) -> str:
 
 
 def build(groups: Sequence[Group]) -> list[Table]:
-    """The report's tables for each set of conditions, then the other runs and the best epochs."""
+    """Make the report's tables for each set of conditions, then other runs and best epochs."""
     tables = []
     shown = []
     for table, nets, within in (

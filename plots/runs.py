@@ -88,7 +88,7 @@ class Run:
         return [self.epoch(a) for a, b in pairs if a.get("stage") != b.get("stage")]
 
     def epoch(self, entry: dict) -> float:
-        """Epochs trained at ``entry``; not whole where the training ends within an epoch."""
+        """Count the epochs trained at ``entry``; not whole where training ends within an epoch."""
         if self.identity and "stage" not in entry:
             return self._epochs(entry["iteration"])
         return entry["epoch"]
@@ -114,7 +114,7 @@ class Group:
     runs: list[Run]
 
     def of(self, state: str) -> list[Run]:
-        """The runs in that state."""
+        """List the runs in that state."""
         return [run for run in self.runs if run.state == state]
 
     @property

@@ -26,7 +26,7 @@ from resnet import command, files
 
 
 def markdown(groups: Sequence[Group]) -> str:
-    """The tables in Markdown."""
+    """Write the tables in Markdown."""
 
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
@@ -44,7 +44,7 @@ def markdown(groups: Sequence[Group]) -> str:
 
 
 def comma_separated(groups: Sequence[Group]) -> str:
-    """One line for each group of runs, and for each number of the report without one."""
+    """Write one line for each group of runs, and for each number of the report without one."""
     keys = ("data", "training images", "batchsize", "evaluation", "schedule", "warm-up", "log")
     lines = []
     for group in groups:

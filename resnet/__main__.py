@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def scripts() -> dict[str, Path]:
-    """The scripts that can be run, by their names."""
+    """Find the scripts that can be run, by their names."""
     above = HERE / "scripts" if (HERE / "scripts").is_dir() else HERE.parent
     return {
         path.stem: path

@@ -58,7 +58,7 @@ def check_values(arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_npz(content: bytes) -> dict[str, np.ndarray]:
-    """The arrays of a file of ``np.savez``, every byte of it checked by its checksum.
+    """Read the arrays of a file of ``np.savez``, every byte of it checked by its checksum.
 
     Raises:
         Exception: Of any kind: it is damaged, or holds anything but arrays. See ``files.parsing``.

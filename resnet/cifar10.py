@@ -111,7 +111,7 @@ def load(data: str | None = None, may_download: bool = True) -> Dataset:
 
 
 def _expand(name: str) -> Path:
-    """The path that a name is of, where ``~`` is a home."""
+    """Make the path that a name is of, where ``~`` is a home."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:  # of a user who has none
@@ -163,7 +163,7 @@ def digest(train_x, train_y, test_x, test_y) -> str:
 
 
 def _reader(path: Path) -> Callable[[], Dataset] | None:
-    """The function that reads the CIFAR-10 at ``path``; None for a folder without one."""
+    """Find the function that reads the CIFAR-10 at ``path``; None for a folder without one."""
     if not path.is_dir():
         read = _read_npz if path.suffix == ".npz" else _read_archive
         return lambda: read(path)
@@ -247,7 +247,7 @@ def _assemble(batches: dict[str, tuple[np.ndarray, np.ndarray]], name: str, path
 
 
 def _read_batch(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Images, uint8 (N, 3, 32, 32), and labels, int32 (N,), of one of the six files."""
+    """Read one of the six files: images, uint8 (N, 3, 32, 32), and labels, int32 (N,)."""
     try:
         with files.parsing():
             record = pickles.load(content)
@@ -267,7 +267,7 @@ def _read_batch(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check(path: Path, data: object, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels in this project's shapes and types."""
+    """Bring images and labels into this project's shapes and types."""
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2:
         found = f"{getattr(data, 'dtype', type(data).__name__)} {getattr(data, 'shape', '')}"
         raise InputError(f"{path}: images: found {found}, legal: uint8 (N, 3072)")

@@ -49,32 +49,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> Path:
-    """An argument type: the name of a file or folder."""
+    """Parse an argument: the name of a file or folder."""
     if not text:
         raise argparse.ArgumentTypeError("found '', legal: the name of a file or folder")
     return Path(text)
 
 
 def name(text: str) -> str:
-    """An argument type: what a new folder is called, in a place that is not the user's choice."""
+    """Parse an argument: what a new folder is called, in a place that is not the user's choice."""
     if not re.fullmatch(r"\w[\w.-]*", text):
         raise argparse.ArgumentTypeError(f"found '{text}', legal: letters, digits, '.', '-', '_'")
     return text
 
 
 def one_line(text: object) -> str:
-    """``text`` with line breaks and other characters that do not print written as in Python."""
+    """Write line breaks and other characters of ``text`` that do not print as in Python."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def reason(error: BaseException) -> str:
-    """What a library says of its failure, in one line of at most 300 characters."""
+    """Put a library's words of its failure into one line of at most 300 characters."""
     text = getattr(error, "strerror", None) or str(error)
     return one_line(" ".join(text.split()) or type(error).__name__)[:300]
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Write seconds as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 

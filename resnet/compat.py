@@ -70,7 +70,7 @@ def _numpy_names() -> None:
 
 
 def _found(name: str) -> bool:
-    """Whether the module ``name`` is loaded or can be imported."""
+    """Tell whether the module ``name`` is loaded or can be imported."""
     if name in sys.modules:
         return sys.modules[name] is not None
     try:

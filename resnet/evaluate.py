@@ -35,12 +35,12 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "J
 
 
 def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """How often each class (row) was taken for each class (column), int64 (classes, classes)."""
+    """Count how often each class (row) was taken for each (column), int64 (classes, classes)."""
     return np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, -1)
 
 
 def read_image(path: Path | str) -> np.ndarray:
-    """An image file as a network sees it: upright, its central square, scaled to 32 x 32.
+    """Read an image file as a network sees it: upright, its central square, scaled to 32 x 32.
 
     What is transparent becomes white; 16 bits are scaled to 8.
 
@@ -76,13 +76,13 @@ def _open(content: bytes) -> Image.Image:
 
 
 def _formats() -> list[str]:
-    """Those of ``FORMATS`` that this Pillow has; of its others some start programs."""
+    """List those of ``FORMATS`` that this Pillow has; of its others some start programs."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _rgb(image: Image.Image, part: Image.Image) -> Image.Image:
-    """A part of ``image`` in RGB, which Pillow's ``convert`` alone would clip or leave black."""
+    """Convert a part of ``image`` to RGB; Pillow's ``convert`` alone would clip or blacken it."""
     sixteen = image.mode == "I" and image.format in ("PNG", "PPM")  # of older Pillows
     if sixteen or image.mode.startswith("I;16"):
         part = Image.fromarray(np.rint(np.asarray(part) / 257).astype(np.uint8))
@@ -118,7 +118,7 @@ def print_classes(paths: list[Path], logits: np.ndarray, classes: tuple[str, ...
 
 
 def recorded_data(path: Path | str) -> str | None:
-    """Where the run of a blocks.h5 had its images from, if they are still there."""
+    """Find where the run of a blocks.h5 had its images from, if they are still there."""
     try:
         record = files.read_json(Path(path).with_name("args.json"))
         source = Path(record["starts"][-1]["data"])

@@ -60,14 +60,14 @@ Logits = Callable[[np.ndarray], np.ndarray]
 
 
 def state(network: chainer.Link) -> dict[str, np.ndarray]:
-    """Every weight and statistic of a network by name, on the CPU."""
+    """Collect every weight and statistic of a network by name, on the CPU."""
     serializer = DictionarySerializer()
     serializer.save(network)
     return {name: np.array(chainer.cuda.to_cpu(a)) for name, a in serializer.target.items()}
 
 
 def torch_name(name: str) -> str:
-    """conv2/0/bn1/gamma -> conv2.0.bn1.weight"""
+    """Translate a name: conv2/0/bn1/gamma -> conv2.0.bn1.weight."""
     *path, last = name.strip("/").split("/")
     return ".".join((*path, TORCH_NAMES[last]))
 
@@ -86,7 +86,7 @@ class _FromImages(chainer.Chain):
 
 
 def to_onnx(network: Network, description: weights.Description, mean: np.ndarray) -> bytes:
-    """The network as an ONNX model (opset 11), made by ``onnx_chainer``.
+    """Make an ONNX model (opset 11) of the network, by ``onnx_chainer``.
 
     Args:
         network: The trained network, on the CPU.
@@ -126,14 +126,14 @@ def to_onnx(network: Network, description: weights.Description, mean: np.ndarray
 
 
 def to_torch(network: Network, mean: np.ndarray) -> dict:
-    """State dict for ``Network`` of ``resnet/torch_module.py``."""
+    """Make the state dict for ``Network`` of ``resnet/torch_module.py``."""
     torch = _require("torch", TORCH)
     arrays = {torch_name(name): array for name, array in state(network).items()}
     return {name: torch.as_tensor(array) for name, array in {**arrays, "mean": mean}.items()}
 
 
 def torch_source(description: weights.Description, path: Path) -> str:
-    """The module file that goes with the state dict ``path``."""
+    """Write down the module file that goes with the state dict ``path``."""
     source = TORCH_MODULE.read_text(encoding="utf-8")
     source = source.replace("import torch\n", "from pathlib import Path\n\nimport torch\n", 1)
     kind = f'"{description.architecture}", {description.n}, {len(description.classes)}'
@@ -215,7 +215,7 @@ def _foreign_name(name: str) -> str:
 
 
 def _converted(values: dict[str, np.ndarray], eps: float) -> dict[str, np.ndarray]:
-    """akamaster's arrays, under our names, as our arrays."""
+    """Turn akamaster's arrays, under our names, into our arrays."""
     new = {name: np.asarray(value, np.float64) for name, value in values.items()}
     for name in values:
         if name.endswith("gamma"):
@@ -266,7 +266,7 @@ def check(what: str, theirs: Logits, ours: Logits, images: Mapping[str, np.ndarr
 
 
 def in_batches(function: Logits) -> Logits:
-    """A function of uint8 images that calls ``function`` with float32 ones from 0 to 1."""
+    """Make a function of uint8 images that calls ``function`` with float32 ones from 0 to 1."""
 
     def logits(x: np.ndarray) -> np.ndarray:
         parts = range(0, len(x), extensions.EVALUATION_BATCH)
@@ -359,7 +359,7 @@ def _require(name: str, missing: str) -> ModuleType:
 
 
 def images_of(path: Path, description: weights.Description, data: str | None):
-    """Images of the kind that a network was trained on, uint8; none if they are not here."""
+    """Load images of the kind that a network was trained on, uint8; None if there are none."""
     own = "synthetic" if description.dataset == "synthetic" else evaluate.recorded_data(path)
     try:
         return cifar10.load(data or own, may_download=False).test_x[:COUNT]
@@ -370,7 +370,7 @@ def images_of(path: Path, description: weights.Description, data: str | None):
 
 
 def file_named(ending: str) -> Callable[[str], Path]:
-    """An argument type: a file whose name ends so."""
+    """Make an argument type: a file whose name ends so."""
 
     def parse(text: str) -> Path:
         if Path(text).suffix != ending:

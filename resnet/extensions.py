@@ -64,7 +64,7 @@ class Evaluator(training.Extension):
         chainer.report({f"{self.name}/main/loss": loss, f"{self.name}/main/accuracy": accuracy})
 
     def _sums(self) -> tuple[float, int]:
-        """Of this process's share: the images' losses added, and number of right answers."""
+        """Add up this process's share: the images' losses, and the number of right answers."""
         share = self.share
         if self._recorded:
             return self._recorded()
@@ -219,7 +219,7 @@ class Progress(training.Extension):
             self._write("  ".join(cells)[:width] + "\n")
 
     def _width(self) -> int:
-        """Letters that fit a line: in the last column, some terminals begin a new one."""
+        """Count the letters that fit a line: in the last column, some terminals begin a new one."""
         if not self._terminal:
             return sys.maxsize
         try:
@@ -238,7 +238,7 @@ class Progress(training.Extension):
             self.out.flush()
 
     def _left(self, trainer) -> float:
-        """Seconds left at the pace since this process began."""
+        """Estimate the seconds left, at the pace since this process began."""
         begin, first = self._start
         done = trainer.updater.iteration - first
         return (time.monotonic() - begin) / max(done, 1) * (self.iterations - first - done)

@@ -44,7 +44,7 @@ class Unreadable(InputError):
 
 @contextlib.contextmanager
 def whole(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name once the body has succeeded.
+    """Give a temporary path beside ``path`` that takes its name once the body has succeeded.
 
     Raises:
         OSError: It cannot be written, for instance on a full disk; ``filename`` is ``path``.
@@ -75,7 +75,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def read(path: Path) -> bytes:
-    """Content of a regular file; a pipe or a device might never end.
+    """Read a regular file; a pipe or a device might never end.
 
     Raises:
         NotPlain: It is none, or larger than ``LARGEST``.
@@ -90,7 +90,7 @@ def read(path: Path) -> bytes:
 
 
 def read_ours(path: Path) -> bytes:
-    """As ``read``, of a file that this project wrote.
+    """Read, as ``read`` does, a file that this project wrote.
 
     Raises:
         FileNotFoundError: There is none.
@@ -106,12 +106,12 @@ def read_ours(path: Path) -> bytes:
 
 
 def seal(content: bytes) -> bytes:
-    """``content`` with its digest behind it."""
+    """Put the digest of ``content`` behind it."""
     return content + SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
 def read_sealed(path: Path) -> tuple[bytes, bool]:
-    """What ``seal`` was given, verified by its digest, and True; or a file without one, and False.
+    """Read what ``seal`` was given, verified, and True; or a file without a digest, and False.
 
     Raises:
         ValueError: It has changed since.
@@ -161,7 +161,7 @@ def parsing() -> Iterator[None]:
 
 
 def read_json(path: Path) -> object:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
         FileNotFoundError: There is none.
@@ -178,7 +178,7 @@ def read_json(path: Path) -> object:
 
 @contextlib.contextmanager
 def only_writer(folder: Path | str) -> Iterator[None]:
-    """The right to write into ``folder``, which one process at a time has.
+    """Hold the right to write into ``folder``, which one process at a time has.
 
     The system gives it back however the process ends. What an ended writer has left half
     written is removed. Where several computers share the folder, its file system has to support

@@ -27,7 +27,7 @@ PARTIAL["partial"] = sum(PARTIAL.values())
 
 
 def whole_number(least: int, most: int):
-    """An argument type: a whole number from ``least`` to ``most``."""
+    """Make an argument type: a whole number from ``least`` to ``most``."""
 
     def parse(text: str) -> int:
         try:
@@ -44,7 +44,7 @@ def whole_number(least: int, most: int):
 
 
 def number(least: float, most: float):
-    """An argument type: a number from ``least`` to ``most``."""
+    """Make an argument type: a number from ``least`` to ``most``."""
 
     def parse(text: str) -> float:
         try:
@@ -61,7 +61,7 @@ def number(least: float, most: float):
 
 
 def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18") -> Parser:
-    """The flags of every experiment but its schedule.
+    """Make a parser of the flags of every experiment but its schedule.
 
     Args:
         description: What ``--help`` begins with.
@@ -166,7 +166,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def spell(key: str, run: dict, other: dict) -> str:
-    """The flags that make a run what it is in one point, as they would be typed.
+    """Spell the flags that make a run what it is in one point, as they would be typed.
 
     Args:
         key: The point, a key of ``Run.identity``.
@@ -215,7 +215,7 @@ def _spell_schedule(run: dict, other: dict) -> str:
 
 
 def find_device(name: str | None, local: int = 0) -> chainer.backend.Device:
-    """The device of ``--device``; of several processes on a computer each has its own GPU.
+    """Find the device of ``--device``; of several processes on a computer each has its own GPU.
 
     Args:
         name: The flag's value.

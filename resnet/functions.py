@@ -76,7 +76,7 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
 
 
 def _fast_cpu(by_tiles: bool = False) -> tuple[bool, str]:
-    """``onednn.available``; where its packages are not made for, that is the reason."""
+    """Ask ``onednn.available``; where its packages are not made for, that is the reason."""
     possible, reason = onednn.available(by_tiles=by_tiles)
     here = f"{sys.platform} {platform.machine()}"
     if possible or here == "linux x86_64":
@@ -90,7 +90,7 @@ def first_start() -> str:
 
 
 def _after_fork() -> None:
-    """In a forked child: leave a backend whose threads stayed behind in the parent."""
+    """Leave, in a forked child, a backend whose threads stayed behind in the parent."""
     global _backend
     if isinstance(_backend, onednn.OneDNN):
         _backend = REFERENCE
@@ -172,7 +172,7 @@ def momentum_sgd(network, momentum: float, weight_decay: float):
 
 
 def recorded_step(optimizer, batches, loss, correct):
-    """A training step that is recorded once and replayed, where the backend has one, else None.
+    """Make a training step that is recorded once and replayed; None if the backend has none.
 
     See ``capture.Step`` for the arguments and for how it is called.
     """
@@ -180,7 +180,7 @@ def recorded_step(optimizer, batches, loss, correct):
 
 
 def recorded_evaluation(network, images, batchsize: int):
-    """An evaluation that is recorded once and replayed, where the backend has one, else None.
+    """Make an evaluation that is recorded once and replayed; None if the backend has none.
 
     See ``capture.Evaluation``.
     """

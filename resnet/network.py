@@ -113,7 +113,7 @@ class Network(chainer.Chain):
 
 @contextlib.contextmanager
 def _generator(seed: int, group: str) -> Iterator[np.random.RandomState]:
-    """Of a group's first weights; for links that are given none, NumPy's own is seeded, too."""
+    """Seed a group's first weights; for links that are given no generator, NumPy's own, too."""
     keys = seed, GROUPS.index(group)
     with random.numpy_seeded(*keys):
         yield np.random.RandomState(keys)

@@ -118,7 +118,7 @@ def join(name: str | None) -> Processes:
 
 
 def _share_fate(processes: Processes) -> None:
-    """The first process speaks for all, and one that fails ends all."""
+    """Let the first process speak for all, and one that fails end all."""
     from mpi4py import MPI
 
     if processes.rank > 0:

@@ -62,7 +62,7 @@ class _Array:
 
 
 def load(content: bytes) -> object:
-    """The dicts, lists, tuples, texts, numbers and arrays of bytes that a pickle holds.
+    """Read the dicts, lists, tuples, texts, numbers and arrays of bytes in a pickle.
 
     Keys are text; an array is an ``_Array`` with its ``value``.
 
@@ -160,7 +160,7 @@ def _named(module: str, name: str) -> _Name:
 
 
 def _called(function: object, arguments: object) -> object:
-    """What a call of an allowed name stands for."""
+    """Make what a call of an allowed name stands for."""
     match getattr(function, "what", None), arguments:
         case "empty array", (_Name("ndarray"), *_):
             return _Array()

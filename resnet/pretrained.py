@@ -20,17 +20,17 @@ CARD = "README.md"
 
 
 def folder() -> Path:
-    """Where they are, in a checkout as in an installed package."""
+    """Tell where they are, in a checkout as in an installed package."""
     return Path(str(importlib.resources.files("resnet"))) / "pretrained"
 
 
 def names() -> list[str]:
-    """Names of those that are there."""
+    """List the names of those that are there."""
     return sorted(path.parent.name for path in folder().glob("*/blocks.h5"))
 
 
 def find(text: str | Path) -> Path:
-    """The blocks.h5 that ``text`` means: such a file, a run folder, or a name.
+    """Find the blocks.h5 that ``text`` means: such a file, a run folder, or a name.
 
     Raises:
         InputError: There is none; it lists the names.
@@ -51,7 +51,7 @@ def find(text: str | Path) -> Path:
 
 
 def card(path: Path) -> str:
-    """What is to be known of the network in the folder ``path``, in Markdown, from its record."""
+    """Write what is to be known of the network in ``path``, in Markdown, from its record."""
     log, content = files.read_json(path / "log"), files.read_json(path / "args.json")
     run, starts = content["run"], content["starts"]
     plan, last = run["schedule"], log[-1]

@@ -58,7 +58,7 @@ def seed_numpy(*keys: int) -> None:
 
 @contextlib.contextmanager
 def numpy_seeded(*keys: int) -> Iterator[None]:
-    """``seed_numpy`` for a while: afterwards NumPy's generator is as it was before."""
+    """Call ``seed_numpy`` for a while: afterwards NumPy's generator is as it was before."""
     before = np.random.get_state()
     seed_numpy(*keys)
     try:

@@ -27,7 +27,7 @@ LARGEST_DIFF = 200_000  # characters of a modified checkout's diff that are kept
 
 
 def command() -> str:
-    """The command line of this process, to be typed again; with any interpreter as ``python``."""
+    """Write the command line of this process, to be typed again; any interpreter is ``python``."""
     words = sys.orig_argv[1:]
     if words and Path(words[0]).name == "chainer-resnet":
         return shlex.join(["chainer-resnet", *words[1:]])
@@ -35,19 +35,19 @@ def command() -> str:
 
 
 def command_here() -> str:
-    """The command line of this process, to be typed again in any shell of this computer."""
+    """Write the command line of this process, to be typed again in any shell of this computer."""
     return shlex.join([sys.executable, *sys.orig_argv[1:]])
 
 
 def processors() -> set[int]:
-    """Those that this process may use; on macOS, which cannot say, all there are."""
+    """List those that this process may use; on macOS, which cannot say, all there are."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
 def device_name(device: chainer.backend.Device) -> str:
-    """Name of the processor behind a device."""
+    """Name the processor behind a device."""
     if device.xp is not np:
         properties = device.xp.cuda.runtime.getDeviceProperties(device.device.id)
         return f"GPU {device.device.id}, {properties['name'].decode()}"
@@ -55,7 +55,7 @@ def device_name(device: chainer.backend.Device) -> str:
 
 
 def processor() -> str:
-    """Model of the CPU."""
+    """Name the model of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -65,7 +65,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of all that computes."""
+    """List the versions of all that computes."""
     found = {
         "resnet": __version__,
         "python": platform.python_version(),
@@ -79,13 +79,13 @@ def versions() -> dict[str, str]:
 
 
 def packages() -> dict[str, str]:
-    """Versions of all installed packages."""
+    """List the versions of all installed packages."""
     found = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
     return {name: found[name] for name in sorted(found, key=lambda name: str(name).lower())}
 
 
 def git_state(root: Path = ROOT) -> dict | None:
-    """State of the checkout; None outside of one.
+    """Find the state of the checkout; None outside of one.
 
     Returns:
         ``commit``; ``modified``, whether a tracked file or a file of ``CODE`` differs from it; and
@@ -157,7 +157,7 @@ def publish(run: Path, target: Path) -> None:
 
 
 def describe_code(git: dict | None) -> str:
-    """What ``git_state`` has found, in one line for people."""
+    """Say what ``git_state`` has found, in one line for people."""
     if git is None:
         return f"version {__version__}, not from a checkout"
     if not git["modified"]:

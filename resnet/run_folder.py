@@ -317,7 +317,7 @@ class Snapshots(training.Extension):
         return None
 
     def _parse(self, path: Path) -> dict[str, np.ndarray]:
-        """The arrays of a snapshot, as they were saved, of a run like this one.
+        """Read the arrays of a snapshot, as they were saved, of a run like this one.
 
         Raises:
             InputError: It is of another run, no snapshot, or cannot be read.
@@ -339,7 +339,7 @@ class Snapshots(training.Extension):
         return state
 
     def _read(self, path: Path, trainer) -> dict[str, np.ndarray]:
-        """As ``_parse``; fits ``trainer``, of which nothing is changed before all is checked."""
+        """Read as ``_parse`` does, and check that all fits ``trainer``, which is not changed."""
         state = self._parse(path)
         with files.parsing():
             expected = _expected(trainer.updater)
@@ -367,7 +367,7 @@ def _iteration(snapshot: Path) -> int:
 
 
 def _expected(updater) -> dict[str, Kind]:
-    """What a snapshot holds of an updater that has not trained yet."""
+    """Tell what a snapshot holds of an updater that has not trained yet."""
     serializer = DictionarySerializer()
     updater.serialize(serializer["updater"])
     expected = {name: Kind.of(array) for name, array in serializer.target.items()}

@@ -47,7 +47,7 @@ class StopRequest:
 
     @classmethod
     def noted(cls) -> set[signal.Signals]:
-        """Those of ``SIGNALS`` that are a request here: under nohup, SIGHUP is none."""
+        """List those of ``SIGNALS`` that are a request here: under nohup, SIGHUP is none."""
         ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         return set(cls.SIGNALS) - ({signal.SIGHUP} if ignored else set())
 

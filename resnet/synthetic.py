@@ -92,7 +92,7 @@ def _draw(rng: np.random.RandomState, count: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _inside(name: str, u: np.ndarray, v: np.ndarray, lean: np.ndarray) -> np.ndarray:
-    """How deep the points (u, v) lie inside the shape ``name``; negative outside.
+    """Compute how deep the points (u, v) lie inside the shape ``name``; negative outside.
 
     The unit is the radius of a shape and the period of a texture.
     """
@@ -120,5 +120,5 @@ def _inside(name: str, u: np.ndarray, v: np.ndarray, lean: np.ndarray) -> np.nda
 
 
 def _wave(t: np.ndarray) -> np.ndarray:
-    """Distance to the nearer edge of stripes of period 1 and width 1/2; negative between them."""
+    """Compute how deep t lies in stripes of period 1 and width 1/2; negative between them."""
     return np.abs(t - np.floor(t) - 0.5) - 0.25

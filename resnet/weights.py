@@ -115,7 +115,7 @@ def check_groups(network: Network) -> None:
 
 
 def _trainable(value: object) -> Iterator[chainer.Link | chainer.Parameter]:
-    """What is trained: ``value``, or what it holds in plain containers at any depth."""
+    """Find what is trained: ``value``, or what it holds in plain containers at any depth."""
     waiting, seen = [value], set()
     while waiting:
         each = waiting.pop()
@@ -139,7 +139,7 @@ def describe(path: Path | str) -> Description:
 
 
 def read_mean(path: Path | str) -> np.ndarray:
-    """The per-pixel mean that the network of ``path`` was trained with, float32 (3, 32, 32)."""
+    """Read the per-pixel mean that ``path`` was trained with, float32 (3, 32, 32)."""
     with _open(path) as file:
         mean = _array(file, "mean", Kind("float32", IMAGE))
         if not ((mean >= 0) & (mean <= 1)).all():
@@ -194,7 +194,7 @@ def restore(path: Path | str) -> tuple[Network, Description]:
 
 @contextlib.contextmanager
 def _open(path: Path | str) -> Iterator[h5py.File]:
-    """The HDF5 file; whatever is found to be wrong with it becomes ``Damaged``."""
+    """Open the HDF5 file; whatever is found to be wrong with it becomes ``Damaged``."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; legal: blocks.h5 of a run")
@@ -305,7 +305,7 @@ def _describe(file: h5py.File, path: Path | str) -> Description:
 
 
 def _own(file: h5py.File, name: str):
-    """The group or array ``name`` that lies in the file itself; links could lead to any other."""
+    """Find the group or array ``name`` in the file itself; links could lead to any other."""
     item = file
     for part in name.split("/"):
         if not isinstance(item, h5py.Group) or not isinstance(
@@ -317,7 +317,7 @@ def _own(file: h5py.File, name: str):
 
 
 def _array(file: h5py.File, name: str, kind: Kind) -> np.ndarray:
-    """The array ``name`` of that kind, which lies in the file itself."""
+    """Read the array ``name`` of that kind, which lies in the file itself."""
     item = _own(file, name)
     if not isinstance(item, h5py.Dataset) or item.external or item.is_virtual:
         raise ValueError(f"cannot read {name}, it is no array of this file")
