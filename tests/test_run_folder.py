@@ -70,6 +70,16 @@ def test_a_snapshot_of_before_there_was_a_digest_is_read(dataset, finished, tmp_
     assert read_log(run.folder) == read_log(finished.folder)
 
 
+def test_a_run_that_goes_on_elsewhere_says_so(dataset, tmp_path, monkeypatch, capsys):
+    run = interrupted_run(dataset, tmp_path, monkeypatch)
+    record = run.folder / "args.json"
+    content = json.loads(record.read_text())
+    content["starts"][-1]["device"] = "CPU, of another kind"
+    record.write_text(json.dumps(content))
+    run.train()
+    assert "NOTE: begun on CPU, of another kind: on another" in capsys.readouterr().out
+
+
 FC = "updater/network/fc/W"
 DAMAGES = {  # of a snapshot without a digest, and what is said of it
     "shape": ({FC: np.zeros((10, 1), "f")}, "found float32 (10, 1), legal: float32 (10, 64)"),
