@@ -1,4 +1,4 @@
-"""Let Chainer 7.8.1 run on today's Python, NumPy, h5py and setuptools.
+"""Let Chainer 7.8.1 run on today's Python, NumPy, h5py, protobuf and setuptools.
 
 Import this module before ``chainer``, ``chainermn`` or ``onnx_chainer``; ``import resnet`` does.
 Old Chainer scripts need one more line at their top, or run as they are under this module::
@@ -21,6 +21,8 @@ import sys
 import threading
 import types
 import warnings
+from collections.abc import Callable
+from functools import partial
 from importlib.machinery import PathFinder
 
 import numpy as np
@@ -173,6 +175,20 @@ def _hdf5_strings(hdf5: types.ModuleType) -> None:
     hdf5.HDF5Deserializer.__call__ = call
 
 
+def _caffe_messages(load: Callable[[types.ModuleType], None], module: types.ModuleType) -> None:
+    # protobuf 4 and later refuse the classes that an old protoc wrote out for CaffeFunction and the
+    # Caffe exporter, yet take the description of them, which stands first, to make them from.
+    try:
+        load(module)
+    except TypeError:
+        if "DESCRIPTOR" not in vars(module):
+            raise
+        from google.protobuf.internal import builder
+
+        builder.BuildMessageAndEnumDescriptors(module.DESCRIPTOR, vars(module))
+        builder.BuildTopDescriptorsAndMessages(module.DESCRIPTOR, module.__name__, vars(module))
+
+
 def _multi_node_iterator(module: types.ModuleType) -> None:
     # NumPy 2.5 made int() of an array with one element and one dimension an error; the iterator
     # does that to the batch size it has received.
@@ -209,14 +225,17 @@ _AFTER_IMPORT = {
     "chainermn.iterators.multi_node_iterator": _multi_node_iterator,
     "onnx": _onnx_mapping,
 }
+_AT_IMPORT = {
+    "chainer.links.caffe.protobuf3.caffe_pb2": _caffe_messages,
+}
 
 
 class _PatchAfterImport:
-    """Meta path finder that applies a patch right after the module it is for has been loaded."""
+    """Meta path finder that applies a patch when the module it is for is loaded, most after it."""
 
     def find_spec(self, name, path=None, target=None):
-        patch = _AFTER_IMPORT.get(name)
-        spec = PathFinder.find_spec(name, path, target) if patch else None
+        patch, around = _AFTER_IMPORT.get(name), _AT_IMPORT.get(name)
+        spec = PathFinder.find_spec(name, path, target) if patch or around else None
         if spec is None or spec.loader is None:
             return None
         load = spec.loader.exec_module
@@ -225,7 +244,7 @@ class _PatchAfterImport:
             load(module)
             patch(module)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = partial(around, load) if around else exec_module
         return spec
 
 

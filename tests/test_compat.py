@@ -246,6 +246,28 @@ def test_strings_numbers_and_arrays_are_read_from_hdf5(tmp_path):
     )
 
 
+def test_a_caffe_model_is_written_and_read(tmp_path):
+    run(
+        "import resnet.compat\n"
+        "import chainer, chainer.functions as F, chainer.links as L, numpy as np\n"
+        "from chainer.exporters import caffe\n"
+        "from chainer.links.caffe import CaffeFunction\n"
+        "class Net(chainer.Chain):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(conv=L.Convolution2D(3, 4, 3), fc=L.Linear(64, 5))\n"
+        "    def __call__(self, x):\n"
+        "        return F.softmax(self.fc(F.relu(self.conv(x))))\n"
+        "net, x = Net(), np.random.rand(2, 3, 6, 6).astype(np.float32)\n"
+        "with chainer.using_config('train', False):\n"
+        "    caffe.export(net, [chainer.Variable(x)], '.', True)\n"
+        "function = CaffeFunction('chainer_model.caffemodel')\n"
+        "last = function.layers[-1][2][0]\n"
+        "y, = function(inputs={'data': x}, outputs=[last])\n"
+        "assert np.allclose(y.array, net(x).array, atol=1e-6)",
+        cwd=tmp_path,
+    )
+
+
 OLD_SCRIPT = """
 import chainer
 import chainer.functions as F
