@@ -175,6 +175,18 @@ def _hdf5_strings(hdf5: types.ModuleType) -> None:
     hdf5.HDF5Deserializer.__call__ = call
 
 
+def _categorical(module: types.ModuleType) -> None:
+    # From NumPy 2.0 on meshgrid returns a tuple, to which Categorical.log_prob adds a list.
+    if isinstance(np.meshgrid(0), list):
+        return
+
+    def log_prob(self, x):
+        grid = np.meshgrid(*map(range, self.batch_shape), indexing="ij")
+        return self.log_p[(*grid, getattr(x, "array", x).astype(np.int32))]
+
+    module.Categorical.log_prob = log_prob
+
+
 def _caffe_messages(load: Callable[[types.ModuleType], None], module: types.ModuleType) -> None:
     # protobuf 4 and later refuse the classes that an old protoc wrote out for CaffeFunction and the
     # Caffe exporter, yet take the description of them, which stands first, to make them from.
@@ -221,6 +233,7 @@ def _gpu_warnings() -> None:
 
 _AFTER_IMPORT = {
     "chainer.backends.cuda": _cudnn_advice,
+    "chainer.distributions.categorical": _categorical,
     "chainer.serializers.hdf5": _hdf5_strings,
     "chainermn.iterators.multi_node_iterator": _multi_node_iterator,
     "onnx": _onnx_mapping,

@@ -230,6 +230,22 @@ def test_resize_images():
     )
 
 
+def test_a_categorical_distribution_knows_the_probability_of_what_it_drew():
+    run(
+        "import resnet.compat\n"
+        "import chainer, numpy as np\n"
+        "p = np.float32([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]])\n"
+        "distribution = chainer.distributions.Categorical(p=p)\n"
+        "drawn = distribution.sample(7)\n"
+        "expected = p[[0, 1], drawn.array]\n"
+        "for x in (drawn, drawn.array):\n"
+        "    found = np.exp(distribution.log_prob(x).array)\n"
+        "    assert found.shape == (7, 2) and np.allclose(found, expected), found\n"
+        "one = chainer.distributions.Categorical(p=p[0])\n"
+        "assert np.allclose(np.exp(one.log_prob(np.array(1)).array), 0.25)"
+    )
+
+
 def test_strings_numbers_and_arrays_are_read_from_hdf5(tmp_path):
     run(
         "import resnet.compat\n"
