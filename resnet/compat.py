@@ -202,7 +202,7 @@ def _caffe_messages(load: Callable[[types.ModuleType], None], module: types.Modu
 
 
 def _multi_node_iterator(module: types.ModuleType) -> None:
-    # NumPy 2.5 made int() of an array with one element and one dimension an error; the iterator
+    # NumPy 2.4 made int() of an array with one element and one dimension an error; the iterator
     # does that to the batch size it has received.
     module.int = lambda value: int(value.item() if isinstance(value, np.ndarray) else value)
 
