@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import multiprocessing
 import os
 import runpy
 import sys
@@ -141,6 +142,19 @@ def _thread_set_daemon() -> None:
         threading.Thread.setDaemon = lambda thread, daemon: setattr(thread, "daemon", daemon)
 
 
+def _multiprocess_iterator(module: types.ModuleType) -> None:
+    # Python 3.14 starts processes by forkserver on Linux: they import the script again, whether it
+    # guards its main or not, and cannot be handed a dataset that holds a lambda. Scripts of
+    # Chainer's time count on fork, and get it unless they have chosen a method.
+    def pool(*args, **kwargs):
+        default = multiprocessing.get_all_start_methods()[0]
+        chosen = multiprocessing.get_start_method(allow_none=True)
+        method = "fork" if chosen is None and default == "forkserver" else None
+        return multiprocessing.get_context(method).Pool(*args, **kwargs)
+
+    module.multiprocessing = types.SimpleNamespace(**vars(multiprocessing) | {"Pool": pool})
+
+
 def _onnx_mapping(onnx: types.ModuleType) -> None:
     # onnx 1.20 removed onnx.mapping; onnx_chainer reads three of its tables when imported.
     if _found("onnx.mapping"):
@@ -234,6 +248,7 @@ def _gpu_warnings() -> None:
 _AFTER_IMPORT = {
     "chainer.backends.cuda": _cudnn_advice,
     "chainer.distributions.categorical": _categorical,
+    "chainer.iterators.multiprocess_iterator": _multiprocess_iterator,
     "chainer.serializers.hdf5": _hdf5_strings,
     "chainermn.iterators.multi_node_iterator": _multi_node_iterator,
     "onnx": _onnx_mapping,

@@ -1,6 +1,7 @@
 """The shims: what they mend, and that they keep off what works. Each test is a fresh process."""
 
 import re
+import sys
 
 import pytest
 from conftest import ROOT, python
@@ -47,6 +48,13 @@ class Warns:
         warnings.warn("pkg_resources is deprecated as an API. See https", UserWarning, 2)
         module.DistributionNotFound, module.require = LookupError, lambda requirement: None
 sys.meta_path.insert(0, Warns())
+"""
+# Processes as Python 3.14 starts them on Linux when nobody has chosen a method.
+FORKSERVER = """
+import multiprocessing
+from multiprocessing import context
+multiprocessing.get_all_start_methods = lambda: ["forkserver", "spawn", "fork"]
+context._default_context._default_context = context._concrete_contexts["forkserver"]
 """
 both = pytest.mark.parametrize("world", ["", WITHOUT], ids=["as it is", "without"])
 
@@ -228,6 +236,40 @@ def test_resize_images():
         "y = F.resize_images(x, (3, 3)).array[0, 0]\n"
         "assert (y == [[0, 0.5, 1], [1, 1.5, 2], [2, 2.5, 3]]).all(), y"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Chainer never had fork")
+@pytest.mark.parametrize("world", ["", FORKSERVER], ids=["as it is", "forkserver"])
+def test_worker_processes_take_a_dataset_that_holds_a_lambda(world):
+    printed = run(
+        world + "import resnet.compat\n"
+        "import chainer, numpy as np\n"
+        "print('once')\n"
+        "data = chainer.datasets.TransformDataset(np.arange(6), lambda x: x * x)\n"
+        "for again in range(2):\n"
+        "    batches = chainer.iterators.MultiprocessIterator(\n"
+        "        data, 2, n_processes=2, repeat=False, shuffle=False)\n"
+        "    assert [*map(list, batches)] == [[0, 1], [4, 9], [16, 25]]\n"
+        "    batches.finalize()",
+        flags=["-W", "ignore"],  # of fork beside threads
+    )
+    assert printed == "once\n"
+
+
+def test_a_start_method_that_the_script_has_chosen_is_kept(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import resnet.compat\n"
+        "import chainer, multiprocessing, numpy as np\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('forkserver')\n"
+        "    batches = chainer.iterators.MultiprocessIterator(np.arange(6), 2, n_processes=1)\n"
+        "    next(batches)\n"
+        "    print(batches._prefetch_loop._pool._ctx.get_start_method())\n"
+        "    batches.finalize()\n"
+    )
+    done = python(script, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert (done.returncode, done.stdout) == (0, "forkserver\n"), done.stderr
 
 
 def test_a_categorical_distribution_knows_the_probability_of_what_it_drew():
