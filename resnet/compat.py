@@ -49,12 +49,16 @@ NUMPY_NAMES = {
     "PINF": np.inf,
     "infty": np.inf,
     "alltrue": np.all,
+    "asfarray": lambda a, dtype=float: np.asarray(a, dtype),
     "asscalar": lambda array: array.item(),
     "cumproduct": np.cumprod,
+    "in1d": lambda a, *args, **kwargs: np.isin(np.ravel(a), *args, **kwargs),
     "mat": np.asmatrix,
     "product": np.prod,
     "round_": np.round,
     "sometrue": np.any,
+    "trapz": getattr(np, "trapezoid", None),  # before NumPy 2.0 there is the old name alone
+    "VisibleDeprecationWarning": np.exceptions.VisibleDeprecationWarning,
 }
 
 
@@ -70,6 +74,23 @@ def _numpy_names() -> None:
         }
     for name, value in NUMPY_NAMES.items():
         vars(np).setdefault(name, value)
+
+
+def _numpy_fromstring() -> None:
+    # NumPy 2.3 refuses np.fromstring of bytes, with which scripts read sound and images.
+    fromstring = np.fromstring
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            fromstring(b"\0", np.uint8)
+    except ValueError:
+
+        def of_bytes_too(string, dtype=float, count=-1, *, sep="", **kwargs):
+            if sep == "" and not isinstance(string, str):
+                return np.frombuffer(string, dtype, count, **kwargs).copy()
+            return fromstring(string, dtype, count, sep=sep, **kwargs)
+
+        np.fromstring = of_bytes_too
 
 
 def _found(name: str) -> bool:
@@ -281,6 +302,7 @@ def apply() -> None:
     if not any(isinstance(finder, _PatchAfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PatchAfterImport())
     _numpy_names()
+    _numpy_fromstring()
     _environment_check()
     _pkg_resources()
     _thread_set_daemon()

@@ -121,7 +121,28 @@ def test_names_of_old_scripts_mean_what_they_meant():
         "assert np.NaN != np.NaN and np.asscalar(np.float32([[2.5]])) == 2.5\n"
         "assert np.product([2, 3]) == 6 and list(np.cumproduct([2, 3])) == [2, 6]\n"
         "assert np.sometrue([0, 1]) and not np.alltrue([0, 1]) and np.round_(2.25, 1) == 2.2\n"
-        "assert (np.mat([[1, 2], [3, 4]]) * np.mat('1; 1')).tolist() == [[3], [7]]"
+        "assert (np.mat([[1, 2], [3, 4]]) * np.mat('1; 1')).tolist() == [[3], [7]]\n"
+        "assert np.in1d([[1, 2], [3, 4]], [2, 4]).tolist() == [False, True, False, True]\n"
+        "assert np.in1d(5, [1], invert=True).tolist() == [True] and np.trapz([1, 3], dx=2) == 4\n"
+        "assert np.asfarray(['1', '2.5']).tolist() == [1, 2.5] and np.asfarray(1).dtype == 'f8'\n"
+        "assert np.asfarray([1], np.float32).dtype == 'f4'\n"
+        "assert issubclass(np.VisibleDeprecationWarning, UserWarning)"
+    )
+
+
+def test_fromstring_reads_bytes_into_an_array_of_its_own():
+    run(
+        "import resnet.compat\n"
+        "import numpy as np\n"
+        "read = np.fromstring(b'\\1\\0\\2\\0', np.int16)\n"
+        "read += 1\n"
+        "assert read.tolist() == [2, 3]\n"
+        "assert np.fromstring(b'\\3\\4', dtype=np.uint8, count=1).tolist() == [3]\n"
+        "assert np.fromstring('1,2.5', sep=',').tolist() == [1, 2.5]\n"
+        "again = np.fromstring\n"
+        "resnet.compat.apply()\n"
+        "assert np.fromstring is again",
+        flags=["-W", "ignore::DeprecationWarning"],  # of NumPy before 2.3
     )
 
 
