@@ -13,6 +13,7 @@ advice and warnings that are wrong today are silenced.
 
 from __future__ import annotations
 
+import collections.abc
 import importlib.metadata
 import importlib.util
 import multiprocessing
@@ -20,6 +21,7 @@ import os
 import runpy
 import sys
 import threading
+import time
 import types
 import warnings
 from collections.abc import Callable
@@ -91,6 +93,13 @@ def _numpy_fromstring() -> None:
             return fromstring(string, dtype, count, sep=sep, **kwargs)
 
         np.fromstring = of_bytes_too
+
+
+def _python_names() -> None:
+    # Python removed time.clock in 3.8 and the abstract classes of collections in 3.10.
+    vars(time).setdefault("clock", time.process_time)
+    for name in collections.abc.__all__:
+        vars(collections).setdefault(name, getattr(collections.abc, name))
 
 
 def _found(name: str) -> bool:
@@ -259,6 +268,11 @@ def _cudnn_advice(cuda: types.ModuleType) -> None:
     cuda.check_cuda_available = check_cuda_available
 
 
+def _pillow_names(image: types.ModuleType) -> None:
+    # Pillow 10 removed the name by which scripts ask for the best filter.
+    vars(image).setdefault("ANTIALIAS", image.LANCZOS)
+
+
 def _gpu_warnings() -> None:
     # ChainerMN tries NCCL whichever communicator is wanted; pure_nccl itself says what is missing.
     warnings.filterwarnings("ignore", r"\s*nccl library could not be loaded", UserWarning)
@@ -267,6 +281,7 @@ def _gpu_warnings() -> None:
 
 
 _AFTER_IMPORT = {
+    "PIL.Image": _pillow_names,
     "chainer.backends.cuda": _cudnn_advice,
     "chainer.distributions.categorical": _categorical,
     "chainer.iterators.multiprocess_iterator": _multiprocess_iterator,
@@ -303,6 +318,7 @@ def apply() -> None:
         sys.meta_path.insert(0, _PatchAfterImport())
     _numpy_names()
     _numpy_fromstring()
+    _python_names()
     _environment_check()
     _pkg_resources()
     _thread_set_daemon()

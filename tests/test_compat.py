@@ -130,6 +130,19 @@ def test_names_of_old_scripts_mean_what_they_meant():
     )
 
 
+def test_names_that_python_and_pillow_have_removed_are_added():
+    run(
+        "import resnet.compat\n"
+        "import collections, time\n"
+        "from PIL import Image\n"
+        "assert isinstance([], collections.Sequence) and isinstance({}, collections.Mapping)\n"
+        "assert not isinstance(1, collections.Iterable) and collections.Counter('a')['a'] == 1\n"
+        "before = time.clock()\n"
+        "assert time.process_time() >= before > 0\n"
+        "assert Image.new('RGB', (4, 4)).resize((2, 2), Image.ANTIALIAS).size == (2, 2)"
+    )
+
+
 def test_fromstring_reads_bytes_into_an_array_of_its_own():
     run(
         "import resnet.compat\n"
