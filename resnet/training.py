@@ -142,7 +142,7 @@ def run(make: Callable[[int, int, Setting], Run], args, depths: Sequence[int]) -
     setting = prepare(args)
     seeds = range(args.seed, args.seed + args.runs)
     # All of them before the first is trained: a wrong flag shows at once.
-    runs = [make(n, seed, setting) for n in args.n or depths for seed in seeds]
+    runs = [make(n, seed, setting) for n in dict.fromkeys(args.n or depths) for seed in seeds]
     with setting.request:
         for each in runs:
             each.train()

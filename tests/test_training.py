@@ -141,6 +141,22 @@ def test_augmentation_is_part_of_a_run_and_of_its_folders_name(dataset, finished
     np.testing.assert_array_equal(x, batches.images.batch(batches.indices(0))[0])
 
 
+def test_a_depth_that_is_typed_twice_is_trained_and_counted_once(dataset, tmp_path, monkeypatch):
+    setting = make_run(dataset, tmp_path).setting
+    monkeypatch.setattr(training, "prepare", lambda args: setting)
+    planned = []
+
+    def make(n, seed, setting):
+        planned.append((n, seed))
+        return make_run(dataset, tmp_path, n=n)
+
+    monkeypatch.setattr(training.Run, "train", lambda run: None)
+    monkeypatch.setattr(training, "print_summary", lambda runs: None)
+    args = flags.parser("").parse_args(["--n", "2", "1", "2", "--runs", "2"])
+    training.run(make, args, ())
+    assert planned == [(2, 0), (2, 1), (1, 0), (1, 1)]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
