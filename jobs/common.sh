@@ -120,10 +120,16 @@ train() {
 
 # One training of several: the row of an array job, or all of them in turn without an array.
 row() {
-    if [ -z "$ROW" ] || [ "$ROW" -eq "$rows" ]; then
-        train "$@"
-    fi
     rows=$((rows + 1))
+    if [ -z "$ROW" ]; then
+        train "$@"
+    elif [ "$ROW" = $((rows - 1)) ]; then
+        trap - EXIT
+        train "$@"
+        exit
+    else # none at all would look like a training that is done
+        trap 'fail "ROW=$ROW: no such row; legal: 0 to $((rows - 1))"' EXIT
+    fi
 }
 rows=0
 

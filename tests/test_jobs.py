@@ -74,6 +74,13 @@ def test_a_row_of_an_array_runs_one_training(index, row):
     assert commands(done.stdout) == [WHOLE["fig9"][row]]
 
 
+@pytest.mark.parametrize("row", ["15", "-1", "x"])
+def test_a_row_that_is_not_there_is_no_success(row):
+    done = bash("fig9", PYTHON="echo", PBS_ARRAYID=row)
+    assert done.returncode == 1 and not commands(done.stdout) and not done.stderr
+    assert f"error: ROW={row}: no such row; legal: 0 to 14" in done.stdout
+
+
 def test_settings_of_the_command_line_win_over_the_sites(tmp_path):
     site = tmp_path / "site.sh"
     site.write_text("FLAGS='--seed 1 --runs 2'\nOUT=elsewhere\nLAUNCHER='echo launched'\n")
