@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 
 import chainer
 import numpy as np
@@ -79,6 +80,24 @@ def test_omp_num_threads_is_respected(threads):
     *_, backend, tasks = child(code, OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS="1").split("\n")
     assert backend.startswith(f"{threads} ") and f"{threads} threads" in backend
     assert int(tasks) == int(threads)  # one pool of workers, oneDNN's and Numba's
+
+
+def test_where_nothing_can_be_kept_it_computes_and_says_so(tmp_path):
+    """As in a home that compute nodes may only read, or a container; root may write anywhere."""
+    package = shutil.copytree(
+        ROOT / "resnet", tmp_path / "resnet", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (package / "backends/cpu/__pycache__").touch()
+    (tmp_path / "tmp").mkdir()
+    code = (
+        "import os, tempfile, resnet.functions as f\n"
+        "print(f.use('onednn'), f.first_start(), os.listdir(tempfile.gettempdir()))"
+    )
+    nowhere = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "NUMBA_CACHE_DIR": ""}
+    done = python("-c", code, cwd=tmp_path, PYTHONPATH="", TMPDIR=str(tmp_path / "tmp"), **nowhere)
+    assert done.returncode == 0, done.stderr
+    assert "NUMBA_CACHE_DIR=FOLDER" in done.stdout and "['kernels-" in done.stdout
+    assert not os.listdir(tmp_path / "tmp")
 
 
 FORK = """

@@ -13,7 +13,10 @@ lets NaN through, as NumPy's maximum does.
 
 from __future__ import annotations
 
+import atexit
 import math
+import shutil
+import tempfile
 
 import numba
 import numpy as np
@@ -27,6 +30,14 @@ CHUNK = 64  # rows; float32 sums stay short, float64 sums few
 COLUMNS = 1024  # values of a row that a thread sums
 LINE = 16  # floats of a cache line
 SLICE = 8  # channels of whose filters a thread sums the gradients
+# Whether the next process finds what this one compiles; if not, it has a folder for itself.
+try:
+    numba.njit(cache=True)(lambda: None)
+    KEEPS = True
+except RuntimeError:  # neither the folder of this file nor the home can be written to
+    KEEPS = False
+    numba.config.CACHE_DIR = tempfile.mkdtemp(prefix="kernels-")
+    atexit.register(shutil.rmtree, numba.config.CACHE_DIR, ignore_errors=True)
 # Loops of numba.prange and no others: to wake a thread takes longer than to fill a small array.
 _OTHERS = "comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"
 _PARALLEL = ParallelOptions({**dict.fromkeys(_OTHERS, False), "prange": True})

@@ -82,6 +82,11 @@ class OneDNN(Fused):
         return f"onednn ({libraries}{without})"
 
     def first_start(self) -> str:
+        if not kernels.KEEPS:
+            return (
+                "The kernels are compiled now, about a minute, at every start: neither beside the "
+                "code nor in the home can they be kept; NUMBA_CACHE_DIR=FOLDER says where else."
+            )
         # Numba keeps what it has compiled: it is said, and waited for, once.
         if any(Path(kernels.convolve.stats.cache_path).glob("kernels.*.nbc")):
             return ""
