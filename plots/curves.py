@@ -230,7 +230,7 @@ def save(figure: Figure, path: Path | str) -> None:
 
 def picture(text: str) -> Path:
     """Parse an argument: the name of a PNG or PDF file."""
-    path = Path(text)
+    path = command.path(text)
     if path.suffix.lower() not in FORMATS:
         raise argparse.ArgumentTypeError(f"found '{text}', legal: a name in {' or '.join(FORMATS)}")
     return path

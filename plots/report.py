@@ -217,7 +217,7 @@ def _start(start: dict) -> str:
 
 def page_name(text: str) -> Path:
     """Parse an argument: the name of an HTML file."""
-    path = Path(text)
+    path = command.path(text)
     if path.suffix.lower() not in (".html", ".htm"):
         raise argparse.ArgumentTypeError(f"found '{text}', legal: a name in .html")
     return path

@@ -49,10 +49,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> Path:
-    """Parse an argument: the name of a file or folder."""
+    """Parse an argument: the name of a file or folder; ``~``, which a shell leaves, is a home."""
     if not text:
         raise argparse.ArgumentTypeError("found '', legal: the name of a file or folder")
-    return Path(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # of a user who has none
+        raise argparse.ArgumentTypeError(f"found '{text}', legal: a user with a home") from None
 
 
 def name(text: str) -> str:

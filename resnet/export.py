@@ -373,9 +373,10 @@ def file_named(ending: str) -> Callable[[str], Path]:
     """Make an argument type: a file whose name ends so."""
 
     def parse(text: str) -> Path:
-        if Path(text).suffix != ending:
+        name = command.path(text)
+        if name.suffix != ending:
             raise argparse.ArgumentTypeError(f"found '{text}', legal: a name in {ending}")
-        return Path(text)
+        return name
 
     return parse
 

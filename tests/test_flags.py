@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ def refusal(*words):
         ("--snapshot-interval", "1e300"),
         ("--out", ""),
         ("--resume", ""),
+        ("--out", "~nosuchuser/runs"),
         ("--augmentation", "crop\nflip"),
         *(("--device", value) for value in ("\u00b2", "-3", "9" * 5000, "cpu\n", "")),
         *(("--data", value) for value in ("", "~nosuchuser", "/dev/zero", "no\nsuch")),
@@ -62,6 +64,12 @@ def test_impossible_values_are_refused_in_one_line(words, capsys):
 @pytest.mark.parametrize("words", [("--drops", "0", "1.9", "-e", "2"), ("--schedule", "he2015")])
 def test_schedules_that_can_be_trained_are_taken(words):
     flags.check(FLAGS.parse_args(words))
+
+
+def test_a_home_that_the_shell_has_left_as_it_was_typed_is_one(monkeypatch):
+    """As in --out=~/runs."""
+    monkeypatch.setenv("HOME", "/home/student")
+    assert FLAGS.parse_args(["--out=~/runs"]).out == Path("/home/student/runs")
 
 
 def test_a_pipe_is_no_data_and_is_not_waited_for(tmp_path):
