@@ -328,7 +328,10 @@ def apply() -> None:
 def main() -> None:
     """Run the script that the command line names, with its arguments, as ``python`` would."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        sys.exit("usage: python -m resnet.compat SCRIPT.py ARGUMENTS")
+        asked = len(sys.argv) > 1
+        print("usage: python -m resnet.compat SCRIPT.py ARGUMENTS",
+              file=sys.stdout if asked else sys.stderr)  # fmt: skip
+        sys.exit(0 if asked else 2)
     del sys.argv[0]
     script = sys.argv[0]
     if not os.path.isfile(script):

@@ -438,3 +438,5 @@ def test_a_script_that_is_not_there_is_named_in_one_line(tmp_path):
     done = python("-m", "resnet.compat", "old.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 2
     assert done.stderr == "error: old.py: no such file; legal: a Python script\n"
+    done = python("-m", "resnet.compat", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 2 and done.stderr.startswith("usage: ")
