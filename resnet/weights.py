@@ -197,7 +197,7 @@ def _open(path: Path | str) -> Iterator[h5py.File]:
     """Open the HDF5 file; whatever is found to be wrong with it becomes ``Damaged``."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; legal: blocks.h5 of a run")
+        raise InputError(f"{path}: no such file; legal: blocks.h5 of a complete run")
     try:
         content, sealed = files.read_sealed(path)
         _check_heaps(content)

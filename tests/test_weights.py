@@ -253,7 +253,7 @@ def of_an_unknown_architecture(path):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda path: path.unlink(), "no such file"),
+        (lambda path: path.unlink(), "no such file; legal: blocks.h5 of a complete run"),
         (lambda path: (path.unlink(), path.mkdir()), "no such file"),
         (lambda path: path.write_text("conv1, conv2, conv3\n"), "no file of ours"),
         (lambda path: path.write_bytes(b""), "no file of ours"),
