@@ -63,6 +63,9 @@ SITE=${SITE:-jobs/site.sh}
 eval "$given" # a value from the command line wins over the site's
 [ -n "${PYTHON:-}" ] || { [ -x .venv/bin/python ] && PYTHON=.venv/bin/python || PYTHON=python3; }
 OUT=${OUT:-runs} PROCESSES=${PROCESSES:-1} MARGIN=${MARGIN:-120} CONTINUE=${CONTINUE:-100}
+for name in PROCESSES MARGIN CONTINUE; do
+    [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail "$name=${!name}; legal: a whole number"
+done
 if [ "$PROCESSES" -gt 1 ]; then
     LAUNCHER=${LAUNCHER:-mpirun -np $PROCESSES}
     COMMUNICATOR=${COMMUNICATOR:-naive}

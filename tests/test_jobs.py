@@ -95,6 +95,9 @@ def test_settings_of_the_command_line_win_over_the_sites(tmp_path):
         ({"PYTHON": "false"}, "error: PYTHON=false: cannot import the project"),
         ({"DATA": "/nowhere"}, "error: DATA=/nowhere: see above"),
         ({"SITE": "/nowhere"}, "error: SITE=/nowhere: cannot be read"),
+        ({"PROCESSES": "two"}, "error: PROCESSES=two; legal: a whole number"),
+        ({"MARGIN": "2m"}, "error: MARGIN=2m; legal: a whole number"),
+        ({"CONTINUE": "08"}, "error: CONTINUE=08; legal: a whole number"),
         ({"PBS_WALLTIME": "100"}, "error: MARGIN=120: the walltime is 100 s"),
     ],
 )
