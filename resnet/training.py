@@ -304,7 +304,8 @@ class Run:
         setting, iterations = self.setting, self.schedule.iterations
         data, mean, processes = setting.dataset, setting.mean, setting.processes
         network = self.build()
-        weights.check_groups(network)  # before hours are spent on what could not be saved
+        # Before hours are spent on what could not be saved.
+        weights.check_groups(network, self.identity["architecture"])
         network.to_device(setting.device)
         optimizer = functions.momentum_sgd(network, MOMENTUM, WEIGHT_DECAY)
         trained_on = data.train_x[: setting.size], data.train_y[: setting.size]

@@ -75,7 +75,7 @@ def save(path: Path | str, network: Network, description: Description, mean: np.
     Raises:
         InputError: ``check_groups`` refuses the network.
     """
-    check_groups(network)
+    check_groups(network, description.architecture)
     path = Path(path)
     content = io.BytesIO()  # HDF5 itself crashes the process on a full disk
     with h5py.File(content, "w") as file:
@@ -89,21 +89,22 @@ def save(path: Path | str, network: Network, description: Description, mean: np.
     files.write(path, files.seal(content.getvalue()))
 
 
-def check_groups(network: Network) -> None:
-    """Refuse a network of which a file would lose something.
+def check_groups(network: Network, architecture: str) -> None:
+    """Refuse a network, of the architecture so named, of which a file would lose something.
 
     Raises:
         InputError: It has weights or statistics that are in none of its groups, or a link that
             Chainer does not know of: made outside of ``init_scope``, in a list, tuple, dict or
             set, or part of what is no chain.
     """
+    where = f"architecture '{architecture}'"
     known = {id(each) for each in (*network.links(), *network.params())}
     for link in network.links():
         for name, value in vars(link).items():
             if any(id(each) not in known for each in _trainable(value)):
                 raise InputError(
-                    f"architecture: found {name} of {type(link).__name__}, which no optimizer sees "
-                    "and no file keeps; legal: made in init_scope of a chainer.Chain, many in a "
+                    f"{where}: found {name} of {type(link).__name__}, which no optimizer sees and "
+                    "no file keeps; legal: made in init_scope of a chainer.Chain, many in a "
                     "chainer.ChainList"
                 )
     everything = DictionarySerializer()
@@ -111,7 +112,7 @@ def check_groups(network: Network) -> None:
     inside = tuple(f"{name}/" for name in network.groups)
     if lost := sorted(name for name in everything.target if not name.startswith(inside)):
         legal = ", ".join(network.groups)
-        raise InputError(f"architecture: found {', '.join(lost)}, legal: all in {legal}")
+        raise InputError(f"{where}: found {', '.join(lost)}, legal: all in {legal}")
 
 
 def _trainable(value: object) -> Iterator[chainer.Link | chainer.Parameter]:

@@ -117,7 +117,7 @@ def test_training_refuses_to_begin_where_a_link_would_be_lost(tmp_path):
                   PYTHONPATH=str(ROOT))  # fmt: skip
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1
-    assert line.startswith("error: architecture: found more of PreActivatedModule, which")
+    assert line.startswith("error: architecture 'preact': found more of PreActivatedModule, which")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
 
 

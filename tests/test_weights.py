@@ -117,7 +117,7 @@ def test_links_in_a_plain_container_are_refused_where_chainer_does_not_know_them
     module.sq = hold(module.conv1)  # another name for what is trained and saved
     module.sq_too = [module.conv2]
     module.sq_too.append(module.sq_too)
-    weights.check_groups(net)
+    weights.check_groups(net, "resnet")
     module.sq = hold(L.Linear(16, 16))
     with pytest.raises(InputError, match=r"found sq of ResidualModule, .* chainer\.ChainList"):
         weights.save(tmp_path / "blocks.h5", net, describe(), MEAN)
