@@ -109,7 +109,7 @@ def join(name: str | None) -> Processes:
         _share_fate(processes)
     # Threads of each process, unless someone has said how many: a launcher may bind each of them
     # to cores of its own, several to the same ones, or none.
-    here = platform.node(), record.processors()
+    here = platform.node(), record.PROCESSORS
     there = communicator.mpi_comm.allgather(here)
     cores = set().union(*(cores for node, cores in there if node == here[0]))
     threads = max(1, len(cores) // communicator.intra_size)

@@ -24,6 +24,11 @@ from resnet.command import InputError
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("resnet", "experiments")  # whose files a run is made from
 LARGEST_DIFF = 200_000  # characters of a modified checkout's diff that are kept
+# Processors that this process may use; on macOS, which cannot say, all there are. Asked for before
+# a library brings OpenMP: with OMP_PROC_BIND in the environment that leaves the thread one of them.
+PROCESSORS = (
+    os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+)
 
 
 def command() -> str:
@@ -39,19 +44,12 @@ def command_here() -> str:
     return shlex.join([sys.executable, *sys.orig_argv[1:]])
 
 
-def processors() -> set[int]:
-    """List those that this process may use; on macOS, which cannot say, all there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
 def device_name(device: chainer.backend.Device) -> str:
     """Name the processor behind a device."""
     if device.xp is not np:
         properties = device.xp.cuda.runtime.getDeviceProperties(device.device.id)
         return f"GPU {device.device.id}, {properties['name'].decode()}"
-    return f"CPU, {processor()}, {len(processors())} cores, {platform.machine()}"
+    return f"CPU, {processor()}, {len(PROCESSORS)} cores, {platform.machine()}"
 
 
 def processor() -> str:

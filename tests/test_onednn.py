@@ -82,6 +82,14 @@ def test_omp_num_threads_is_respected(threads):
     assert int(tasks) == int(threads)  # one pool of workers, oneDNN's and Numba's
 
 
+@pytest.mark.parametrize("bind", ["true", "close"])
+def test_threads_are_bound_to_processors_and_not_counted_by_them(bind):
+    """With OMP_PROC_BIND, OpenMP leaves the first thread one processor."""
+    code = "from resnet import functions\nprint(functions.use('onednn'))"
+    here = f" {len(os.sched_getaffinity(0))} threads"
+    assert here in child(code, OMP_PROC_BIND=bind, OMP_NUM_THREADS="")
+
+
 def test_where_nothing_can_be_kept_it_computes_and_says_so(tmp_path):
     """As in a home that compute nodes may only read, or a container; root may write anywhere."""
     package = shutil.copytree(

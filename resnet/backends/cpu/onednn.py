@@ -17,6 +17,7 @@ import chainer
 import numpy as np
 from chainer import functions as F
 
+from resnet import record
 from resnet.backends.cpu import primitives
 from resnet.backends.cpu.primitives import Missing
 from resnet.backends.flat import FlatMomentumSGD
@@ -55,7 +56,7 @@ def available(by_tiles: bool = False) -> tuple[bool, str]:
 
 def threads() -> int:
     """Threads that compute: ``OMP_NUM_THREADS``, or as many as this process has processors."""
-    here = len(os.sched_getaffinity(0))
+    here = len(record.PROCESSORS)
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return min(int(wanted), here) if wanted.isdigit() and int(wanted) else here
 
