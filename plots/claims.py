@@ -27,10 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plots import conditions, logs, reference
 from plots.results import BLANK, WITHIN, spread
 from plots.runs import COMPLETE, DIVERGED, NAMES, Group, Run
-from resnet import command, files
+from resnet import command, files, schedule
 
 REPRODUCED, NOT_REPRODUCED, OPEN = "reproduced", "not reproduced", "open"
-WARM_UP_FROM = 110  # layers that are trained with warm-up unless a flag says otherwise
 CHOICES = ("augmentation", "scale", "freeze", "new ends")  # that tell nets of one set apart
 FULL = "he2015"
 PARTIAL_EPOCHS = 200  # of the report's partial training, all stages
@@ -241,7 +240,8 @@ class Evidence:
         self.groups: dict[Net, Group] = {}
         for group in groups:
             # Of a net with and without warm-up, the one that the flags give by default.
-            default = bool(group.conditions.get("warm-up")) == (group.layers >= WARM_UP_FROM)
+            deep = group.layers >= schedule.WARM_UP_FROM
+            default = bool(group.conditions.get("warm-up")) == deep
             net = _net(group)
             if default or net not in self.groups:
                 self.groups[net] = group

@@ -80,7 +80,7 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
     add("--shorten", type=whole_number(1, 64_000), default=1, metavar="K",
         help="train on the schedule K times shorter, its drops and stages alike (default: 1)")
     add("--warmup", choices=("auto", "on", "off"), default="auto",
-        help="rate 0.01 until the training error is below 80%% (default: auto, from n = 18 on)")
+        help="rate 0.01 until the training error is below 80%% (default: auto, from 110 layers on)")
     add("--seed", type=whole_number(*SEED), default=0, metavar="S",
         help="fixes weights, order and augmentation (default: %(default)s)")
     add("--runs", type=whole_number(1, 1000), default=1, metavar="K",

@@ -61,7 +61,8 @@ class PartialTraining:
         self.chosen = training.choices(args) | options(args)
         plans = [stage_schedule(k, args, setting.size) for k in range(1, len(STAGES) + 1)]
         self.schedule = in_a_row(plans)
-        self.identity = training.identify(setting, name, n, seed, self.schedule, self.chosen)
+        identity = training.identify(setting, "resnet", n, seed, self.schedule, self.chosen)
+        self.identity = {**identity, "architecture": name}
         self.folder = training.name_folder(setting, f"{name}-{self.layers}", seed, self.chosen)
         self.stages = [self.make_stage(number, plan) for number, plan in enumerate(plans, 1)]
 

@@ -11,7 +11,8 @@ INITIAL_RATE = 0.1  # He et al. 2015, 4.2
 # Of partial training: epochs of each stage, and where its rate drops (report, III.B).
 STAGES = ((50, (40,)), (50, (40,)), (100, (40, 80)))
 LAST_EPOCHS = STAGES[-1][0]
-WARM_UP_RATE = 0.01  # He et al. 2015, 4.2, for n = 18
+WARM_UP_FROM = 110  # layers, unless a flag says otherwise: He et al. 2015, 4.2
+WARM_UP_RATE = 0.01
 WARM_UP_ERROR = 0.80  # warm-up ends when the training error falls below it
 WARM_UP_WINDOW = 100  # iterations the training error is averaged over
 WARM_UP_LIMIT = 2000  # iterations; He et al. needed about 400. A net that cannot learn goes on

@@ -40,7 +40,6 @@ from resnet.updater import Updater
 MOMENTUM = 0.9  # He et al. 2015, 4.2
 WEIGHT_DECAY = 1e-4  # He et al. 2015, 4.2
 HELD_OUT = 5000  # images of the 45k/5k split, He et al. 2015, 4.2
-WARM_UP_FROM = 18  # modules per block: He et al. 2015, 4.2, on the net of 110 layers
 
 STARTED = time.monotonic()  # of this process, nearly
 
@@ -197,7 +196,8 @@ def identify(
     setting: Setting, architecture: str, n: int, seed: int, plan: schedule.Schedule, chosen: dict
 ) -> dict:
     """Say what makes a run what it is: two runs that agree in it have equal logs."""
-    warm_up = setting.args.warmup
+    deep = find_architecture(architecture).depth(n) >= schedule.WARM_UP_FROM
+    warm_up = {"on": True, "off": False, "auto": deep}[setting.args.warmup]
     return {
         "architecture": architecture,
         "n": n,
@@ -207,7 +207,7 @@ def identify(
         "training images": setting.size,
         "evaluation": setting.evaluation,
         "schedule": json.loads(json.dumps(asdict(plan))),
-        "warm-up": warm_up == "on" or (warm_up == "auto" and n >= WARM_UP_FROM),
+        "warm-up": warm_up,
         **chosen,
     }
 

@@ -106,6 +106,9 @@ def test_layers_are_counted_where_a_module_has_three(dataset, tmp_path, capsys):
     table = tables.markdown(groups).partition("Not in the report")[2]
     rows = [row.count("(1 run)") for row in table.splitlines() if row.startswith(("| 11", "| 20"))]
     assert rows == [1, 2]
+    for name, deep in (("preact", 12), ("resnet", 18)):  # 110 layers, He et al. 4.2
+        both = [training.whole_network(name, n, 0, setting).identity for n in (deep - 1, deep)]
+        assert [each["warm-up"] for each in both] == [False, True]
 
 
 def test_training_refuses_to_begin_where_a_link_would_be_lost(tmp_path):
