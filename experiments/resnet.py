@@ -1,4 +1,4 @@
-"""Train the report's residual networks on CIFAR-10 (section II, Fig. 5 and 6).
+"""Train the report's residual networks on CIFAR-10 (section II, Fig. 5, 6, 9 and 10).
 
   python experiments/resnet.py --n 3                    ResNet-20, 64k iterations
   python experiments/resnet.py                          20, 32, 44, 56 and 110 layers, one by one

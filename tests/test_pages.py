@@ -1,9 +1,15 @@
 """The pages: what they name is there; the maps of the library and of its tests are whole."""
 
+import ast
 import re
+import sys
 
 import pytest
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from plots import figures
 
 PAGES = sorted(
     page.relative_to(ROOT)
@@ -11,6 +17,7 @@ PAGES = sorted(
     if not any(part.startswith(".") or part in ("runs", "demo") for part in page.parts)
 )
 MAP = ROOT / "resnet" / "README.md"
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_map_of_the_library_names_each_file_and_no_other():
@@ -47,3 +54,19 @@ def test_a_page_links_to_what_is_there(page):
         assert ((ROOT / page).parent / target).exists(), target
     for name in re.findall(r"`((?:resnet|experiments|plots|jobs|tests)/[\w/.-]+\.\w+)`", text):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("name", ["plain", "resnet", "resresnet"])
+def test_an_experiment_names_the_figures_its_networks_are_in(name):
+    expected = {"9"} | ({"6"} if name == "resnet" else set())  # the tables
+    for picture in figures.PICTURES:
+        if name in dict(picture.nets):
+            expected.add(picture.name.removeprefix("fig"))
+    (row,) = re.findall(
+        rf"^\| `python experiments/{name}\.py` .*Fig\.(.*)\|$", README, re.MULTILINE
+    )
+    head, *_ = ast.get_docstring(ast.parse((ROOT / f"experiments/{name}.py").read_text())).split(
+        "\n"
+    )
+    for text in (row, head.partition("Fig.")[2]):
+        assert set(re.findall(r"\d+", text)) == expected
