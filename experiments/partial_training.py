@@ -23,7 +23,12 @@ from resnet.schedule import STAGES
 
 
 def main() -> None:
-    p = flags.parser(__doc__, depths="5, the report's 32 layers")
+    p = flags.parser(
+        __doc__,
+        depths="5, the report's 32 layers",
+        epochs="train so many epochs in the last stage, half as many in each before, and lower the "
+        "rate in proportion (default: 100, 50 and 50)",
+    )
     # fmt: off
     p.add_argument("--order", choices=ORDERS, required=True,
         help="which block is trained first: top-down conv2, bottom-up conv4")

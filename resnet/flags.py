@@ -60,12 +60,17 @@ def number(least: float, most: float):
     return parse
 
 
-def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18") -> Parser:
+def parser(
+    description: str,
+    depths: str = "the report's five depths, 3 5 7 9 18",
+    epochs: str = "train so many epochs instead of the full schedule",
+) -> Parser:
     """Make a parser of the flags of every experiment but its schedule.
 
     Args:
         description: What ``--help`` begins with.
         depths: What is trained without ``--n``.
+        epochs: What ``--epoch`` does.
     """
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
@@ -75,8 +80,7 @@ def parser(description: str, depths: str = "the report's five depths, 3 5 7 9 18
         f"after the other (default: {depths})")
     add("--batchsize", "-b", type=whole_number(*BATCH), default=BATCHSIZE, metavar="B",
         help="images per iteration (default: %(default)s)")
-    add("--epoch", "-e", type=whole_number(*EPOCHS), metavar="E",
-        help="train so many epochs instead of the full schedule")
+    add("--epoch", "-e", type=whole_number(*EPOCHS), metavar="E", help=epochs)
     add("--shorten", type=whole_number(1, 64_000), default=1, metavar="K",
         help="train on the schedule K times shorter, its drops and stages alike (default: 1)")
     add("--warmup", choices=("auto", "on", "off"), default="auto",

@@ -237,3 +237,8 @@ def test_bad_input_of_partial_training():
     assert done.returncode == 2 and "--order" in done.stderr
     done = experiment("partial_training", "--order", "sideways")
     assert done.returncode == 2 and "'sideways'" in done.stderr
+
+
+def test_partial_training_says_what_its_epochs_are():
+    done = experiment("partial_training", "--help")
+    assert "so many epochs in the last stage, half as many" in " ".join(done.stdout.split())
