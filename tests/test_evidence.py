@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, python
 
+from plots import claims
 from resnet import files
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -169,3 +170,17 @@ def test_every_training_of_the_list_has_a_folder_of_its_own():
         assert not full or not any("shorten" in name for name in names)
     first = [each.name for each in evidence.trainings()[:3]]
     assert first == [f"{net}-20-shorten4-seed0" for net in ("plain", "resnet", "resresnet")]
+
+
+def test_the_list_has_what_each_claim_is_judged_by_but_full_schedules():
+    def nets(trainings):
+        return {(each.net, each.n, tuple(each.choices.items()), each.shorten) for each in trainings}
+
+    short, full = nets(evidence.trainings()), nets(evidence.trainings(full=True))
+    for claim in claims.CLAIMS:
+        sides = [side.net for each in claim.comparisons for side in each.sides]
+        judged = {(net.architecture, (net.layers - 2) // 6, net.choices) for net in sides}
+        assert {(*net, 1) for net in judged} <= full
+        assert claim.full or {(*net, 4) for net in judged} <= short
+    needed = [claim.title for claim in claims.CLAIMS if claim.full]
+    assert len(needed) == 2 and "all but two claims" in evidence.__doc__
