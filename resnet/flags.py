@@ -99,7 +99,8 @@ def parser(
     add("--subset", type=whole_number(1, 1_000_000), metavar="K",
         help="train on the first K training images only")
     add("--validate", action="store_true",
-        help="hold out 5,000 training images and evaluate on them; the test images are not touched")
+        help="hold out 5,000 training images, the last of each class, and evaluate on them; the "
+        "test images are not touched")
     add("--device", "-d", metavar="D",
         help="cpu, or the number of a GPU (default: GPU 0 when there is one)")
     add("--backend", choices=functions.BACKENDS, default="auto",
