@@ -128,6 +128,7 @@ def words(groups):
 # For each claim, what would contradict it.
 CONTRADICTIONS = {
     "plain nets degrade with depth, in training loss too": {"plain_56": [entry(85.81, 0.04)]},
+    "plain nets lose little up to 56 layers": {"plain_56": [entry(66.26, 0.97)]},
     "the plain net of 110 layers fails": {"plain_110": [entry(70, 0.5)]},
     "augmentation brings about 4 points": {"without": [entry(91, 0.001, 100)]},
     "augmentation reduces overfitting": {"without": [entry(87.5, 0.001, 92)]},
