@@ -318,6 +318,7 @@ def test_command_prints_or_writes_the_claims(tmp_path):
     done = python("plots/claims.py", runs)
     assert (done.returncode, done.stdout) == (0, claims.markdown(logs.read([runs])))
     assert "python experiments/plain.py --n 3 5 9 --runs 3" in done.stdout
+    assert "he2015 is the full schedule of He et al., 64,000 iterations" in done.stdout
     done = python("plots/claims.py", runs, "-o", tmp_path)
     assert (tmp_path / "claims.md").read_text() == claims.markdown(logs.read([runs]))
     assert python("plots/claims.py", tmp_path / "nowhere").returncode == 1
