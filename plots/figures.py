@@ -3,6 +3,7 @@
   python plots/figures.py runs                   fig1.png, fig1.pdf ... in the current folder
   python plots/figures.py runs -o pictures       in the folder 'pictures'
 
+Beside the training loss stands the test error; the report's Fig. 8 and 10 have accuracy there.
 Runs with different data or schedules come into separate pictures. A figure without a run is named.
 """
 
