@@ -91,9 +91,13 @@ def git_state(root: Path = ROOT) -> dict | None:
         is too large to be kept, or a file of ``CODE`` is in no commit.
     """
 
+    # Git refuses a folder of somebody else's, as in a container, lest it run what is said there.
+    # This process runs that checkout's code already.
+    trusted = "-c", f"safe.directory={root}"
+
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", "-C", root, *words], capture_output=True, encoding="utf-8",
+            ["git", *trusted, "-C", root, *words], capture_output=True, encoding="utf-8",
             errors="surrogateescape", check=True, timeout=30,
         ).stdout  # fmt: skip
 

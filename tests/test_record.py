@@ -37,6 +37,12 @@ def test_a_clean_checkout_is_told_by_its_commit(checkout):
     assert record.describe_code(state) == f"commit {state['commit']}"
 
 
+def test_the_checkout_of_another_user_is_told_by_its_commit(checkout, monkeypatch):
+    """As in a container that has it from its host; git itself refuses such a folder."""
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert record.git_state(checkout)["modified"] is False
+
+
 def test_the_diff_of_a_modified_checkout_brings_it_back(checkout, tmp_path_factory):
     modified = "a = 2\nb = 'é'\n".encode() + b"c = '\xff'\n"  # not all of it UTF-8
     (checkout / "resnet/code.py").write_bytes(modified)
