@@ -94,11 +94,14 @@ def git_state(root: Path = ROOT) -> dict | None:
     # Git refuses a folder of somebody else's, as in a container, lest it run what is said there.
     # This process runs that checkout's code already.
     trusted = "-c", f"safe.directory={root}"
+    # Variables of another repository, as in its hooks, would have git answer for that one.
+    elsewhere = "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY"
+    here = {name: value for name, value in os.environ.items() if name not in elsewhere}
 
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", *trusted, "-C", root, *words], capture_output=True, encoding="utf-8",
-            errors="surrogateescape", check=True, timeout=30,
+            errors="surrogateescape", check=True, timeout=30, env=here,
         ).stdout  # fmt: skip
 
     try:

@@ -43,6 +43,16 @@ def test_the_checkout_of_another_user_is_told_by_its_commit(checkout, monkeypatc
     assert record.git_state(checkout)["modified"] is False
 
 
+def test_the_variables_of_another_repository_are_not_asked(checkout, tmp_path_factory, monkeypatch):
+    """As in a hook of it, or where someone keeps their home in one."""
+    other = tmp_path_factory.mktemp("other")
+    git("init", "-q", cwd=other)
+    git("commit", "-qm", "other", "--allow-empty", cwd=other)
+    expected = record.git_state(checkout)
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    assert record.git_state(checkout) == expected
+
+
 def test_the_diff_of_a_modified_checkout_brings_it_back(checkout, tmp_path_factory):
     modified = "a = 2\nb = 'é'\n".encode() + b"c = '\xff'\n"  # not all of it UTF-8
     (checkout / "resnet/code.py").write_bytes(modified)
