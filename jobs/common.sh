@@ -69,12 +69,18 @@ done
 if [ "$PROCESSES" -gt 1 ]; then
     LAUNCHER=${LAUNCHER:-mpirun -np $PROCESSES}
     COMMUNICATOR=${COMMUNICATOR:-naive}
-    # OpenPBS gives every process as many threads as the job has processors, unless 'ompthreads' says.
-    [ "${OMP_NUM_THREADS:-}" != "${NCPUS:-none}" ] ||
-        [[ $(asked Resource_List.select) == *ompthreads* ]] ||
-        OMP_NUM_THREADS=$(awk -v nodes="$(sort -u "${PBS_NODEFILE:-/dev/null}" | wc -l)" \
-            -v all="$NCPUS" -v processes="$PROCESSES" \
-            'BEGIN { n = int(all * (nodes ? nodes : 1) / processes); print (n > 1 ? n : 1) }')
+fi
+# Threads of a process: its share of the processors of a node that are this job's. OpenPBS says all of
+# them, unless 'ompthreads' does. Torque and Slurm say nothing, and may let a job use the whole node.
+cpus=${NCPUS:-${PBS_NUM_PPN:-${SLURM_CPUS_ON_NODE:-}}}
+if [[ $cpus =~ ^[1-9][0-9]{0,5}$ ]] && case ${OMP_NUM_THREADS:-} in
+    '') true ;;
+    "${NCPUS:-none}") [[ $(asked Resource_List.select) != *ompthreads* ]] ;;
+    *) false ;;
+esac; then
+    nodes=${SLURM_JOB_NUM_NODES:-$(sort -u "${PBS_NODEFILE:-/dev/null}" 2>/dev/null | wc -l)}
+    here=$(((PROCESSES + (nodes > 1 ? nodes : 1) - 1) / (nodes > 1 ? nodes : 1))) # processes of a node
+    export OMP_NUM_THREADS=$((here > 1 ? (cpus > here ? cpus / here : 1) : cpus))
 fi
 
 seconds() { # of [[days-]hours:]minutes:seconds, or of a plain number

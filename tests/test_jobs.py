@@ -237,14 +237,19 @@ def test_a_job_that_is_queued_from_another_folder_says_so(tmp_path):
         ({"NCPUS": "8", "OMP_NUM_THREADS": "8"}, "4"),  # OpenPBS's, for each of two
         ({"NCPUS": "8", "OMP_NUM_THREADS": "3"}, "3"),  # somebody's choice
         ({}, ""),  # the project's own
+        ({"PBS_NUM_PPN": "8"}, "4"),  # Torque's, which may leave a job the whole node
+        ({"SLURM_CPUS_ON_NODE": "8", "SLURM_JOB_NUM_NODES": "2"}, "8"),
+        ({"SLURM_CPUS_ON_NODE": "8", "PROCESSES": "1"}, "8"),
+        ({"PBS_NUM_PPN": "8", "PROCESSES": "16"}, "1"),
+        ({"PBS_NUM_PPN": "8", "OMP_NUM_THREADS": "3", "PROCESSES": "1"}, "3"),
     ],
 )
 def test_processes_share_the_processors_of_a_job(tmp_path, environment, threads):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "threads: $OMP_NUM_THREADS"\n')
     python.chmod(0o755)
-    environment = {"OMP_NUM_THREADS": "", **environment}
-    done = bash("resnet20", PYTHON=str(python), PROCESSES="2", LAUNCHER="env", **environment)
+    environment = {"OMP_NUM_THREADS": "", "PROCESSES": "2", **environment}
+    done = bash("resnet20", PYTHON=str(python), LAUNCHER="env", **environment)
     assert done.stdout.splitlines()[-1] == f"threads: {threads}"
 
 
