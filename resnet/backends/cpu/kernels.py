@@ -26,13 +26,15 @@ from numba.core.cpu_options import ParallelOptions
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
+from resnet.backends.cpu import kept
+
 CHUNK = 64  # rows; float32 sums stay short, float64 sums few
 COLUMNS = 1024  # values of a row that a thread sums
 LINE = 16  # floats of a cache line
 SLICE = 8  # channels of whose filters a thread sums the gradients
 # Whether the next process finds what this one compiles; if not, it has a folder for itself.
 try:
-    numba.njit(cache=True)(lambda: None)
+    kept.njit()(lambda: None)
     KEEPS = True
 except RuntimeError:  # neither the folder of this file nor the home can be written to
     KEEPS = False
@@ -41,8 +43,8 @@ except RuntimeError:  # neither the folder of this file nor the home can be writ
 # Loops of numba.prange and no others: to wake a thread takes longer than to fill a small array.
 _OTHERS = "comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"
 _PARALLEL = ParallelOptions({**dict.fromkeys(_OTHERS, False), "prange": True})
-_compile = numba.njit(parallel=_PARALLEL, cache=True, fastmath={"contract", "reassoc", "nsz"})
-_inline = numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
+_compile = kept.njit(parallel=_PARALLEL, fastmath={"contract", "reassoc", "nsz"})
+_inline = kept.njit(fastmath={"contract", "reassoc", "nsz"})
 
 
 # oneDNN's functions, by the names under which ``primitives.library`` makes them known to LLVM.
@@ -557,7 +559,7 @@ def convolve_backward_by_tiles(tiles, g, h, coefficients, x, normalization, out,
     return parts
 
 
-@numba.njit(cache=True)
+@kept.njit()
 def _combined_moments(parts, images, total, pixels, channels):
     """Mean and (biased) variance of every channel, float64 (C,), from those of the parts.
 
@@ -577,7 +579,7 @@ def _combined_moments(parts, images, total, pixels, channels):
     return mean, squares / seen
 
 
-@numba.njit(cache=True)
+@kept.njit()
 def batch_statistics(parts, images, total, pixels, avg_mean, avg_var, decay):
     """Mean and variance of every channel, float32 (C,); the running averages are updated.
 
@@ -592,7 +594,7 @@ def batch_statistics(parts, images, total, pixels, avg_mean, avg_var, decay):
     return mean.astype(np.float32), var.astype(np.float32)
 
 
-@numba.njit(cache=True)
+@kept.njit()
 def scale_and_shift(mean, var, gamma, beta, eps, width):
     """BN(x) = x * scale + shift; also mean and 1 / deviation. Float32 (4, width), repeated."""
     channels = len(mean)
@@ -608,7 +610,7 @@ def scale_and_shift(mean, var, gamma, beta, eps, width):
     return values
 
 
-@numba.njit(cache=True)
+@kept.njit()
 def input_coefficients(parts, normalization, count, channels, constant):
     """From the gradient's sums those of gamma and beta (C,), and what the input's is made of.
 

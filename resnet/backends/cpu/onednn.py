@@ -26,9 +26,9 @@ from resnet.backends.node import Node, accumulated, normalized
 from resnet.backends.reference import REFERENCE, widened
 
 try:
-    from resnet.backends.cpu import kernels, vectors, winograd
+    from resnet.backends.cpu import kept, kernels, vectors, winograd
 except ImportError:  # without Numba; available() says so
-    kernels = vectors = winograd = None
+    kept = kernels = vectors = winograd = None
 
 WIDTH = 256  # values of a row: vectors are well used, a row stays in the innermost cache
 
@@ -88,8 +88,8 @@ class OneDNN(Fused):
                 "The kernels are compiled now, about a minute, at every start: neither beside the "
                 "code nor in the home can they be kept; NUMBA_CACHE_DIR=FOLDER says where else."
             )
-        # Numba keeps what it has compiled: it is said, and waited for, once.
-        if any(Path(kernels.convolve.stats.cache_path).glob("kernels.*.nbc")):
+        # What is compiled is kept: it is said, and waited for, once.
+        if kept.exist(Path(kernels.convolve.stats.cache_path)):
             return ""
         return "First start: the kernels are compiled now, about a minute, once."
 

@@ -35,7 +35,7 @@ GROUP = 1 << 16  # bytes of images whose passes before and after are taken toget
 PART = 1 << 19  # bytes of images whose gradients of the filters are summed together
 HEIGHT = 8  # rows of a product that stay in registers; half of them with AVX2
 GAP = 16  # floats between the points' matrices: else their addresses share a set of the cache
-KEPT = Path(kernels.convolve.stats.cache_path)  # where Numba keeps its kernels: the code beside
+KEPT = Path(kernels.convolve.stats.cache_path)  # where the kernels are kept: the code beside
 
 
 def transform(
