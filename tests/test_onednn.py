@@ -10,7 +10,7 @@ import pytest
 from chainer import links as L
 from conftest import ROOT, layer, python
 
-from resnet import functions, network, synthetic
+from resnet import functions, network, record, synthetic
 from resnet.backends.cpu import onednn, primitives
 
 pytestmark = pytest.mark.skipif(not onednn.available()[0], reason=onednn.available()[1])
@@ -88,6 +88,44 @@ def test_threads_are_bound_to_processors_and_not_counted_by_them(bind):
     code = "from resnet import functions\nprint(functions.use('onednn'))"
     here = f" {len(os.sched_getaffinity(0))} threads"
     assert here in child(code, OMP_PROC_BIND=bind, OMP_NUM_THREADS="")
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, 8),
+        ({"OMP_NUM_THREADS": "4,2"}, 4),
+        ({"OMP_NUM_THREADS": " +2 "}, 2),
+        ({"OMP_NUM_THREADS": "1000"}, 8),
+        ({"OMP_NUM_THREADS": "4", "OMP_THREAD_LIMIT": "3"}, 3),
+        ({"OMP_NUM_THREADS": "4", "NUMBA_NUM_THREADS": "1"}, 1),
+        *(({"OMP_NUM_THREADS": illegal}, 8) for illegal in ("0", "-1", "1.5", "two", "\u00b2")),
+    ],
+)
+def test_as_many_threads_are_told_of_as_will_compute(environment, threads, monkeypatch):
+    """OpenMP has 8 processors here, and leaves out of account what it refuses."""
+    monkeypatch.setattr(record, "PROCESSORS", set(range(8)))
+    config = onednn.kernels.numba.config
+    most = int(environment.get("NUMBA_NUM_THREADS", 8))
+    monkeypatch.setattr(config, "NUMBA_NUM_THREADS", most)
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert onednn.threads() == threads
+
+
+@pytest.mark.parametrize("setting", ["NUMBA_DISABLE_JIT=1", "NUMBA_NUM_THREADS=0"])
+def test_where_numba_may_not_compile_chainers_functions_compute_and_the_setting_is_named(setting):
+    name, value = setting.split("=")
+    line = child("from resnet import functions\nprint(functions.use())", **{name: value})
+    assert line.startswith("chainer (") and f"Numba does not work here with {setting}" in line
+
+
+def test_a_threading_layer_that_is_not_there_is_named():
+    done = python("experiments/resnet.py", "--data", "synthetic", NUMBA_THREADING_LAYER="nobody")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "NUMBA_THREADING_LAYER: found 'nobody'" in done.stderr and "legal: omp" in done.stderr
 
 
 def test_where_nothing_can_be_kept_it_computes_and_says_so(tmp_path):

@@ -32,6 +32,8 @@ CHUNK = 64  # rows; float32 sums stay short, float64 sums few
 COLUMNS = 1024  # values of a row that a thread sums
 LINE = 16  # floats of a cache line
 SLICE = 8  # channels of whose filters a thread sums the gradients
+if numba.config.DISABLE_JIT:
+    raise ImportError("nothing is compiled")
 # Whether the next process finds what this one compiles; if not, it has a folder for itself.
 try:
     kept.njit()(lambda: None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import chainer
 import numpy as np
 from chainer import functions as F
 
-from resnet import record
+from resnet import command, record
 from resnet.backends.cpu import primitives
 from resnet.backends.cpu.primitives import Missing
 from resnet.backends.flat import FlatMomentumSGD
@@ -25,9 +26,20 @@ from resnet.backends.fused import Fused, Layer, Unfinished, chain
 from resnet.backends.node import Node, accumulated, normalized
 from resnet.backends.reference import REFERENCE, widened
 
+
+def _without_numba(error: Exception) -> str:
+    """Say in one line why Numba does not compile here, and which settings may be to blame."""
+    if isinstance(error, ModuleNotFoundError) and error.name in ("numba", "llvmlite"):
+        return "Numba is missing: pip install numba"
+    found = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_")]
+    settings = f" with {', '.join(found)}" if found else ""
+    return f"Numba does not work here{settings}: {command.reason(error)}"
+
+
 try:
     from resnet.backends.cpu import kept, kernels, vectors, winograd
-except ImportError:  # without Numba; available() says so
+except (ImportError, ValueError) as error:  # available() says so
+    _why = _without_numba(error)
     kept = kernels = vectors = winograd = None
 
 WIDTH = 256  # values of a row: vectors are well used, a row stays in the innermost cache
@@ -44,7 +56,7 @@ def available(by_tiles: bool = False) -> tuple[bool, str]:
     if _forked:
         return False, "OpenMP does not survive a fork; start processes with 'spawn' instead"
     if kernels is None:
-        return False, "Numba is missing: pip install numba"
+        return False, _why
     try:
         version = primitives.version()
     except Missing as reason:
@@ -55,10 +67,17 @@ def available(by_tiles: bool = False) -> tuple[bool, str]:
 
 
 def threads() -> int:
-    """Threads that compute: ``OMP_NUM_THREADS``, or as many as this process has processors."""
-    here = len(record.PROCESSORS)
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return min(int(wanted), here) if wanted.isdigit() and int(wanted) else here
+    """Threads that compute: as many as this process has processors, or the environment allows.
+
+    A value that OpenMP refuses, which it says itself, is none.
+    """
+    most = [len(record.PROCESSORS)]
+    if kernels is not None:
+        most.append(kernels.numba.config.NUMBA_NUM_THREADS)
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
+        found = re.match(r"\s*\+?0*([1-9][0-9]{0,8})\s*(,|$)", os.environ.get(name, ""))
+        most += [int(found[1])] if found else []
+    return min(most)
 
 
 class OneDNN(Fused):
@@ -72,7 +91,12 @@ class OneDNN(Fused):
         global _started
         _started = True
         self.by_tiles = by_tiles and bool(vectors.name())
-        kernels.numba.set_num_threads(min(threads(), kernels.numba.config.NUMBA_NUM_THREADS))
+        try:
+            kernels.numba.set_num_threads(threads())
+        except ValueError as error:
+            layer = kernels.numba.config.THREADING_LAYER
+            found = f"NUMBA_THREADING_LAYER: found '{layer}' ({command.reason(error)})"
+            raise ValueError(f"{found}, legal: omp, workqueue, or no such variable") from None
         _reuse_memory()
 
     def describe(self) -> str:

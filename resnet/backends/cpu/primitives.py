@@ -25,7 +25,7 @@ try:
     import llvmlite.binding
 
     from resnet.backends.cpu import kernels
-except ImportError:  # without Numba
+except (ImportError, ValueError):  # without Numba, or settings of it that are illegal
     kernels = None
 
 F32, CPU, IN_ORDER = 3, 1, 1  # dnnl_f32, dnnl_cpu, dnnl_stream_in_order
