@@ -18,6 +18,11 @@ FAILURE = 1  # everything else: files, network, damaged data
 STOPPED = 75  # training was asked to stop; the same command goes on
 INTERRUPTED = 130  # Ctrl-C, as shells say it
 
+# Started with a closed output (`>&-`), as by some daemons, Python has none: nobody reads it then.
+for _name in ("stdout", "stderr"):
+    if getattr(sys, _name) is None:
+        setattr(sys, _name, open(os.devnull, "w"))  # noqa: SIM115 until the process ends
+
 
 class InputError(Exception):
     """A mistake or a circumstance that the user can mend.
