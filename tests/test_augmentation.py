@@ -22,6 +22,21 @@ def test_draws_of_an_image_do_not_depend_on_the_batch_size():
         assert (few == many[:16]).all()
 
 
+def test_draws_stay_what_they_are():
+    # Logs of different versions can be compared only while this holds.
+    top, left, flip = augmentation.draw(np, 3, 9, 6)
+    assert top.tolist() == [7, 7, 6, 1, 0, 7]
+    assert left.tolist() == [6, 6, 2, 4, 4, 8]
+    assert flip.tolist() == [0, 0, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("seed", "iteration"), [(5, 99), (4, 100)], ids=["seed", "iteration"])
+def test_another_seed_or_iteration_crops_and_flips_otherwise(seed, iteration):
+    draws, others = (augmentation.draw(np, *keys, 1000) for keys in ((4, 99), (seed, iteration)))
+    shares = [(one == other).mean() for one, other in zip(draws, others, strict=True)]
+    assert shares == pytest.approx([1 / 9, 1 / 9, 1 / 2], abs=0.08)  # by chance
+
+
 def slow_crop_and_flip(x, top, left, flip):
     """The report's words, one image and one step at a time."""
     images = []
