@@ -57,7 +57,7 @@ def test_one_lucky_batch_does_not_end_the_warm_up():
 
 
 def test_warm_up_of_a_net_that_never_learns_ends_all_the_same():
-    assert feed(WarmUp(True), [0.9] * 5000).ended_at == schedule.WARM_UP_LIMIT
+    assert feed(WarmUp(True), [0.9] * 5000).ended_at == 2000
 
 
 def test_no_warm_up_is_over_from_the_start():

@@ -49,6 +49,17 @@ def test_warm_up_rate_holds_until_the_condition_is_met(dataset, monkeypatch):
     assert rates == [0.01, 0.01, 0.01, 0.1, 0.1]
 
 
+def test_the_warm_up_is_told_the_error_of_each_batch(dataset, monkeypatch):
+    updater = make_updater(dataset, warm_up=True)
+    told = []
+    monkeypatch.setattr(updater.warm_up, "observe", lambda *observed: told.append(observed))
+    for iteration in range(3):
+        updater.update()
+        error = 1 - updater.statistics()["main/accuracy"]
+        assert told[iteration] == (iteration, error)
+    assert not any(error == 0.5 for _, error in told)  # it is told from the accuracy
+
+
 @pytest.mark.parametrize("seed", [3, 3 + (1 << 32)])  # also of a stage of partial training
 def test_dropout_is_a_function_of_seed_and_iteration(dataset, seed):
     """Of a network whose modules draw from NumPy's own generator."""
