@@ -36,6 +36,21 @@ def test_a_run_leaves_log_blocks_snapshot_and_arguments(finished, capsys):
     assert (description.architecture, description.n, description.epoch) == ("resnet", 1, 3)
 
 
+def test_the_log_ends_with_accuracy_and_loss_of_the_saved_network_on_all_test_images(
+    finished, dataset
+):
+    path = finished.folder / "blocks.h5"
+    network, _ = weights.restore(path)
+    x = (dataset.test_x / 255 - weights.read_mean(path)).astype(np.float32)
+    with chainer.using_config("train", False):
+        y = network(x).array.astype(np.float64)
+    last = read_log(finished.folder)[-1]
+    assert last["test/main/accuracy"] == (y.argmax(axis=1) == dataset.test_y).mean()
+    of_labels = y[np.arange(len(y)), dataset.test_y]
+    loss = np.mean(np.log(np.exp(y).sum(axis=1)) - of_labels)
+    assert last["test/main/loss"] == pytest.approx(loss, rel=1e-4)
+
+
 def test_last_and_best_epoch_are_told_apart(finished, capsys):
     folder = finished.folder
     log = json.loads((folder / "log").read_text())
