@@ -51,6 +51,21 @@ def test_the_log_ends_with_accuracy_and_loss_of_the_saved_network_on_all_test_im
     assert last["test/main/loss"] == pytest.approx(loss, rel=1e-4)
 
 
+def test_a_step_is_of_momentum_0_9_and_weight_decay_1e_4(dataset, tmp_path):
+    """He et al. 2015, 4.2."""
+    optimizer = make_run(dataset, tmp_path).make_trainer()[0].updater.optimizer
+    optimizer.lr = 0.1
+    weight, bias = optimizer.target.fc.W, optimizer.target.fc.b
+    weight.array[...], bias.array[...] = 1, 0
+    for _ in range(2):
+        for parameter in optimizer.target.params():
+            parameter.grad = np.zeros_like(parameter.array)
+        bias.grad[...] = 1
+        optimizer.update()
+    np.testing.assert_allclose(bias.array, -0.1 - 0.19, rtol=1e-4)
+    np.testing.assert_allclose(1 - weight.array, (1 + 1.9) * 1e-5, rtol=0.01)
+
+
 def test_last_and_best_epoch_are_told_apart(finished, capsys):
     folder = finished.folder
     log = json.loads((folder / "log").read_text())
