@@ -66,6 +66,17 @@ def test_a_step_is_of_momentum_0_9_and_weight_decay_1e_4(dataset, tmp_path):
     np.testing.assert_allclose(1 - weight.array, (1 + 1.9) * 1e-5, rtol=0.01)
 
 
+def test_a_seed_decides_both_the_first_weights_and_the_batches(dataset, tmp_path):
+    first, other = (
+        make_run(dataset, tmp_path, "--seed", seed).make_trainer()[0].updater for seed in "01"
+    )
+    networks = first.optimizer.target, other.optimizer.target
+    for one, another in zip(*(each.params() for each in networks), strict=True):
+        assert one.ndim == 1 or (one.array != another.array).any()
+    assert first.batches.indices(0).tolist() != other.batches.indices(0).tolist()
+    assert (first.batches.seed, other.batches.seed) == (0, 1)  # of crops and flips, too
+
+
 def test_last_and_best_epoch_are_told_apart(finished, capsys):
     folder = finished.folder
     log = json.loads((folder / "log").read_text())
