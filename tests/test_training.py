@@ -77,6 +77,18 @@ def test_a_seed_decides_both_the_first_weights_and_the_batches(dataset, tmp_path
     assert (first.batches.seed, other.batches.seed) == (0, 1)  # of crops and flips, too
 
 
+def test_of_a_subset_the_first_images_are_trained_on_and_all_test_images_evaluated(
+    dataset, tmp_path
+):
+    run = make_run(dataset, tmp_path, "--subset", "20")
+    images = run.make_trainer()[0].updater.batches.images
+    np.testing.assert_array_equal(images.x, dataset.train_x[:20])
+    np.testing.assert_array_equal(images.y, dataset.train_y[:20])
+    np.testing.assert_allclose(images.mean, (dataset.train_x[:20] / 255).mean(axis=0), atol=1e-6)
+    assert run.identity["training images"] == 20
+    assert len(run.setting.dataset.test_y) == 12
+
+
 def test_last_and_best_epoch_are_told_apart(finished, capsys):
     folder = finished.folder
     log = json.loads((folder / "log").read_text())
