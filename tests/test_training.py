@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import make_run, read_blocks, read_log
 
-from resnet import flags, training, weights
+from resnet import cifar10, flags, training, weights
 from resnet.command import InputError
 from resnet.network import ARCHITECTURES, GROUPS
 
@@ -87,6 +87,22 @@ def test_of_a_subset_the_first_images_are_trained_on_and_all_test_images_evaluat
     np.testing.assert_allclose(images.mean, (dataset.train_x[:20] / 255).mean(axis=0), atol=1e-6)
     assert run.identity["training images"] == 20
     assert len(run.setting.dataset.test_y) == 12
+
+
+def test_validation_is_on_5000_held_out_images_and_none_of_the_test_set(monkeypatch, tmp_path):
+    """He et al. 2015, 4.2: the 45k/5k split."""
+    x = np.arange(5020, dtype=np.uint32).view(np.uint8).reshape(-1, 4)[:, :3, None, None]
+    x = np.broadcast_to(x, (5020, 3, 32, 32))  # images that hold their own number
+    y = np.arange(5020, dtype=np.int32) % 10
+    whole = cifar10.Dataset("tiny", x, y, x[:30] + 128, y[:30], cifar10.CLASSES, "here", "")
+    monkeypatch.setattr(cifar10, "load", lambda data: whole)
+    words = ["--validate", "-b", "16", "--device", "cpu", "--out", str(tmp_path)]
+    setting = training.prepare(flags.add_schedule(flags.parser("")).parse_args(words))
+    assert setting.evaluation == "validation"
+    assert (setting.size, len(setting.dataset.test_y)) == (20, 5000)
+    parts = [part[:, :2, 0, 0].astype(int) @ (1, 256) for part in
+             (setting.dataset.train_x, setting.dataset.test_x)]  # fmt: skip
+    assert sorted(np.concatenate(parts)) == list(range(5020))
 
 
 def test_last_and_best_epoch_are_told_apart(finished, capsys):
