@@ -105,6 +105,24 @@ def test_validation_is_on_5000_held_out_images_and_none_of_the_test_set(monkeypa
     assert sorted(np.concatenate(parts)) == list(range(5020))
 
 
+@pytest.mark.parametrize(
+    ("n", "words", "warms_up"),
+    [
+        (17, (), False),
+        (18, (), True),
+        (18, ("--warmup", "off"), False),
+        (1, ("--warmup", "on"), True),
+    ],
+)
+def test_nets_of_110_layers_and_more_warm_up_unless_a_flag_says_otherwise(
+    dataset, tmp_path, n, words, warms_up
+):
+    """He et al. 2015, 4.2."""
+    run = make_run(dataset, tmp_path, *words, n=n)
+    assert run.identity["warm-up"] == warms_up
+    assert run.make_trainer()[0].updater.warm_up.active == warms_up
+
+
 def test_last_and_best_epoch_are_told_apart(finished, capsys):
     folder = finished.folder
     log = json.loads((folder / "log").read_text())
