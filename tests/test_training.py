@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import make_run, read_blocks, read_log
 
-from resnet import cifar10, flags, training, weights
+from resnet import cifar10, flags, schedule, training, weights
 from resnet.command import InputError
 from resnet.network import ARCHITECTURES, GROUPS
 
@@ -121,6 +121,25 @@ def test_nets_of_110_layers_and_more_warm_up_unless_a_flag_says_otherwise(
     run = make_run(dataset, tmp_path, *words, n=n)
     assert run.identity["warm-up"] == warms_up
     assert run.make_trainer()[0].updater.warm_up.active == warms_up
+
+
+@pytest.mark.parametrize(
+    ("words", "plan"),
+    [
+        ((), ("he2015", 64_000, (32_000, 48_000))),
+        (("--shorten", "4"), ("he2015 / 4", 16_000, (8_000, 12_000))),
+        # 100 epochs of 40 images in batches of 16, with drops at 40 and 80.
+        (("--schedule", "report100"), ("report100", 250, (100, 200))),
+        (("--schedule", "report100", "--shorten", "2"), ("report100 / 2", 125, (50, 100))),
+        (("--epoch", "8"), ("custom", 20, (10, 15))),
+        (("--epoch", "8", "--drops", "2", "4"), ("custom", 20, (5, 10))),
+    ],
+)
+def test_the_schedule_is_that_of_the_flags(dataset, tmp_path, words, plan):
+    words = ["-b", "16", "--out", str(tmp_path), *words]
+    args = flags.add_schedule(flags.parser("")).parse_args(words)
+    setting = replace(make_run(dataset, tmp_path).setting, args=args)
+    assert training.choose_schedule(setting) == schedule.Schedule(*plan)
 
 
 def test_last_and_best_epoch_are_told_apart(finished, capsys):
