@@ -175,6 +175,46 @@ def test_a_claim_without_all_its_runs_is_open_and_names_them(title):
     assert f"'{gone}'" in verdict.reason
 
 
+# For each claim, the runs that its rule in words speaks of; see ``world``.
+ALL = {kind: [f"{kind}_{layers}" for layers in reference.DEPTHS] for kind in LOSSES}
+NETS = {
+    "plain nets degrade with depth, in training loss too": ["plain_20", "plain_32", "plain_56"],
+    "the plain net of 110 layers fails": ["plain_110"],
+    "augmentation brings about 4 points": ["resnet_20", "without"],
+    "augmentation reduces overfitting": ["resnet_20", "without"],
+    "ResNets do not degrade with depth": ["resnet_20", "resnet_32", "resnet_56"],
+    "ResNets gain with depth": ["resnet_20", "resnet_32", "resnet_56"],
+    "the ResNet of 110 layers is the best": ALL["resnet"],
+    "ResNets are as accurate as the report's": ALL["resnet"],
+    "ResNets are as accurate as those of He et al.": ALL["resnet"],
+    "ResResNets are below ResNets at every depth": ALL["resresnet"] + ALL["resnet"],
+    "ResResNets fit the training images as well": ALL["resresnet"] + ALL["resnet"],
+    "ResResNets overfit": [
+        f"{kind}_{layers}" for kind in ("resresnet", "resnet") for layers in (32, 44, 56)
+    ],
+    "ResResNets of 20 and 110 layers are above those between": ALL["resresnet"],
+    "bottom-up is level with the usual training": ["bottom_up", "resnet_32"],
+    "top-down is below both": ["top_down", "bottom_up", "resnet_32"],
+    "lower blocks are less plastic": ["top_down", "bottom_up"],
+    "a new block and the higher rate disturb what was trained": ["top_down", "bottom_up"],
+    "a new block scaled by a small factor helps": [
+        "top_down", "bottom_up", "scaled_top", "scaled_bottom",
+    ],
+    "earlier blocks lose by being disturbed": [
+        "top_down", "bottom_up", "frozen_top", "frozen_bottom",
+    ],
+    "upper blocks adapt less": ["top_down", "bottom_up"],
+}  # fmt: skip
+
+
+def test_a_claim_waits_for_every_net_that_its_rule_speaks_of_and_for_no_other():
+    found = {title: set() for title in NETS}
+    for name in {name for names in NETS.values() for name in names}:
+        for title, words_found in words(world(**{name: None})).items():
+            found[title] |= {name} if words_found != [REPRODUCED] else set()
+    assert found == {title: set(names) for title, names in NETS.items()}
+
+
 def test_without_any_run_every_claim_is_open():
     assert set(map(str, words([]).values())) == {"['open']"}
 
