@@ -215,6 +215,48 @@ def test_a_claim_waits_for_every_net_that_its_rule_speaks_of_and_for_no_other():
     assert found == {title: set(names) for title, names in NETS.items()}
 
 
+CLOSE = (-0.02, 0, 0.02)  # seeds of a spread that decides by the margins of the rules alone
+
+
+@pytest.mark.parametrize(
+    ("title", "changes", "word"),
+    [
+        ("the plain net of 110 layers fails", {"plain_110": [entry(14.5, 2)]}, REPRODUCED),
+        ("the plain net of 110 layers fails", {"plain_110": [entry(15.5, 2)]}, NOT_REPRODUCED),
+        *(
+            ("augmentation brings about 4 points", {"without": [entry(91.53 - gain, 0.1)]}, word)
+            for gain, word in ((1.8, NOT_REPRODUCED), (2.2, REPRODUCED), (5.8, REPRODUCED),
+                               (6.2, NOT_REPRODUCED))
+        ),
+        *(
+            ("bottom-up is level with the usual training",
+             {"bottom_up": bottom_up(92.66 + gain)}, word)
+            for gain, word in ((-1.2, NOT_REPRODUCED), (-0.8, REPRODUCED), (0.8, REPRODUCED),
+                               (1.2, NOT_REPRODUCED))
+        ),
+        *(
+            ("ResResNets fit the training images as well",
+             {"resresnet_20": [entry(90.05, 0.030 * ratio)]}, word)
+            for ratio, word in ((1.08, REPRODUCED), (1.12, NOT_REPRODUCED))
+        ),
+        ("plain nets degrade with depth, in training loss too",
+         {"plain_32": [entry(88.22, 0.21)]}, NOT_REPRODUCED),
+        ("plain nets degrade with depth, in training loss too",
+         {"plain_32": [entry(85.7, 0.10)]}, NOT_REPRODUCED),
+        ("ResNets gain with depth", {"resnet_56": [entry(91.4, 0.01)]}, NOT_REPRODUCED),
+    ],
+)  # fmt: skip
+def test_a_rule_decides_at_the_numbers_that_it_names(title, changes, word):
+    assert words(world(CLOSE, **changes))[title] == [word]
+
+
+@pytest.mark.parametrize(("away", "word"), [(0.75, REPRODUCED), (0.9, OPEN)])
+def test_a_published_accuracy_is_confirmed_by_a_spread_of_less_than_two_points(away, word):
+    """22 degrees of freedom, and a single run beside three: 2.086 * (4 / 3) ** 0.5 * ``away``."""
+    found = words(world([-away, 0, away]))
+    assert found["ResNets are as accurate as the report's"] == [word]
+
+
 def test_without_any_run_every_claim_is_open():
     assert set(map(str, words([]).values())) == {"['open']"}
 
