@@ -257,6 +257,17 @@ def test_a_published_accuracy_is_confirmed_by_a_spread_of_less_than_two_points(a
     assert found["ResNets are as accurate as the report's"] == [word]
 
 
+def test_student_s_t_leaves_five_percent_on_both_sides_together():
+    """By the density, integrated from the middle outwards."""
+    for freedom, t in claims.STUDENT.items():
+        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2)
+        scale /= math.sqrt(freedom * math.pi)
+        steps = 20_000
+        middles = ((i + 0.5) * t / steps for i in range(steps))
+        within = sum((1 + x * x / freedom) ** (-(freedom + 1) / 2) for x in middles)
+        assert 2 * scale * within * t / steps == pytest.approx(0.95, abs=1e-4), freedom
+
+
 def test_without_any_run_every_claim_is_open():
     assert set(map(str, words([]).values())) == {"['open']"}
 
