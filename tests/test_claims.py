@@ -268,6 +268,47 @@ def test_student_s_t_leaves_five_percent_on_both_sides_together():
         assert 2 * scale * within * t / steps == pytest.approx(0.95, abs=1e-4), freedom
 
 
+def test_what_fails_decides_though_other_runs_are_missing():
+    groups = world(resnet_32=None, resnet_56=[entry(90, 0.01)])
+    (verdict,) = verdicts(groups)["ResNets gain with depth"]
+    assert verdict.word == NOT_REPRODUCED
+    assert verdict.reason.startswith("ResNet-56 against ResNet-20 in accuracy: -1.53 ")
+
+
+def test_a_run_that_is_not_finished_is_none():
+    groups = world(plain_110=[entry(10, 2.3, iteration=63_000)])
+    (verdict,) = verdicts(groups)["the plain net of 110 layers fails"]
+    assert verdict.text == "open (missing: 'Plain-110')"
+
+
+def test_the_last_epoch_counts_not_the_best_one():
+    first = {"iteration": 10}
+    groups = world(
+        plain_110=[entry(40, 0.5, **first), entry(9.98, 2.3)],
+        without=[entry(95, 0.1, 80, **first), entry(87.5, 0.001, 100)],
+    )
+    found = verdicts(groups)
+    (verdict,) = found["the plain net of 110 layers fails"]
+    assert (verdict.word, verdict.measured) == (
+        REPRODUCED, ("accuracy, %: Plain-110 9.98 ± 0.20 (3 runs)",),
+    )  # fmt: skip
+    (verdict,) = found["augmentation reduces overfitting"]
+    assert verdict.word == REPRODUCED and "augmentation 12.50 ± 0.20" in verdict.measured[0]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_a_net_with_and_without_warm_up_the_reports_way_is_judged(first):
+    """Warm-up of the nets of 110 layers alone, whichever run is found first."""
+    others = [
+        group(("plain", 110), [entry(70, 0.5)], **{"warm-up": False}),
+        group(("resnet", 20), [entry(99, 0.03)], **{"warm-up": True}),
+    ]
+    groups = [*others, *world()] if first else [*world(), *others]
+    found = words(groups)
+    assert found["the plain net of 110 layers fails"] == [REPRODUCED]
+    assert found["ResNets gain with depth"] == [REPRODUCED]
+
+
 def test_without_any_run_every_claim_is_open():
     assert set(map(str, words([]).values())) == {"['open']"}
 
@@ -383,9 +424,19 @@ def test_partial_training_shortened_by_epochs_is_no_full_one():
     assert verdict.word == OPEN and "missing" in verdict.reason
 
 
-def test_runs_with_other_data_or_batch_are_not_compared():
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"batchsize": 32},
+        {"data": "another copy"},
+        {"training images": 45_000},
+        {"evaluation": "validation"},
+    ],
+    ids=str,
+)
+def test_runs_with_other_data_or_batch_are_not_compared(other):
     groups = [g for g in world() if g.architecture == "resnet"]
-    groups += [group(("resresnet", n), [entry(80, 0.01)], batchsize=32) for n in reference.DEPTHS]
+    groups += [group(("resresnet", n), [entry(80, 0.01)], **other) for n in reference.DEPTHS]
     (verdict,) = verdicts(groups)["ResResNets are below ResNets at every depth"]
     assert verdict.word == OPEN
 
@@ -393,6 +444,13 @@ def test_runs_with_other_data_or_batch_are_not_compared():
 def test_a_diverged_plain_net_has_failed():
     groups = world(plain_110=[entry(10, math.nan)])
     assert words(groups)["the plain net of 110 layers fails"] == [REPRODUCED]
+
+
+def test_a_loss_that_is_no_number_is_none_to_compare():
+    (verdict,) = verdicts(world(plain_56=[entry(10, math.nan)]))[
+        "plain nets degrade with depth, in training loss too"
+    ]
+    assert (verdict.word, verdict.reason) == (OPEN, "missing: 'Plain-56'")
 
 
 def test_values_runs_and_spread_stand_beside_the_verdict():
