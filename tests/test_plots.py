@@ -144,6 +144,16 @@ def test_states():
     assert set(states.values()) == {COMPLETE}
 
 
+@pytest.mark.parametrize("epoch", [0, 2, 3])
+def test_a_run_with_a_loss_that_is_no_number_has_diverged_whatever_came_after(tmp_path, epoch):
+    copy_run("resnet-20-seed0", tmp_path / "run")
+    log = json.loads((tmp_path / "run/log").read_text())
+    log[epoch]["main/loss"] = math.inf
+    (tmp_path / "run/log").write_text(json.dumps(log))
+    (group,) = logs.read([tmp_path])
+    assert group.runs[0].state == DIVERGED
+
+
 def test_epochs_errors_and_drops_of_a_run(groups):
     run = find(groups, "resnet", 20).runs[0]
     assert run.loss == {1: 2.0, 2: 1.0, 3: 0.5, 4: 0.25}
@@ -375,7 +385,17 @@ def test_fig6(groups):
 
 
 def test_fig9_marks_what_diverged_or_is_not_finished(groups):
-    rows = texts(find_tables(groups, "Fig. 9")[0])
+    table = find_tables(groups, "Fig. 9")[0]
+    assert [name.split(",")[0] for name in table.head] == [
+        "Layers", "Plain: report", "Plain: ours", "ResNet: report", "ResNet: ours",
+        "ResResNet: report", "ResResNet: ours",
+    ]  # fmt: skip
+    rows = texts(table)
+    assert [(row[0], *row[1::2]) for row in rows] == [
+        ("20", "90.61", "91.53", "90.05"), ("32", "88.22", "92.66", "88.32"),
+        ("44", "87.49", "92.20", "88.82"), ("56", "85.81", "92.30", "86.03"),
+        ("110", "9.98", "93.59", "90.89"),
+    ]  # fmt: skip
     blank = results.BLANK
     assert rows[0] == ["20", "90.61", blank, "91.53", "91.50 ± 0.20 (3 runs)", "90.05", blank]
     assert rows[2] == ["44", "87.49", blank, "92.20", blank, "88.82", "unfinished: 50% done"]
@@ -440,8 +460,10 @@ def test_csv_has_a_line_for_each_group_and_each_missing_number(groups):
     line = next(li for li in lines if li["layers"] == "20" and li["data"] == "CIFAR-10")
     assert (line["mean"], line["standard deviation"], line["runs"]) == ("91.5000", "0.2000", "3")
     assert (line["He et al."], line["report"]) == ("91.25", "91.53")
+    assert line[results.BEST] == "91.6667"
     blank = next(li for li in lines if (li["architecture"], li["layers"]) == ("plain", "20"))
     assert (blank["report"], blank["mean"], blank["data"]) == ("90.61", "", "")
+    assert blank["He et al."] == ""
 
 
 # Pictures
