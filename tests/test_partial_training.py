@@ -240,6 +240,27 @@ def test_a_scaled_block_begins_as_a_perturbation_of_the_identity(dataset, tmp_pa
     np.testing.assert_allclose(sizes["0.1"], 10 * sizes["0.01"], rtol=0.5)
 
 
+def test_every_module_of_a_new_block_is_scaled_and_no_other_block(dataset, tmp_path):
+    make(dataset, tmp_path, "--stage", "1", n=2).train()
+    whole = make(dataset, tmp_path, "--scale", "0.1", n=2)
+    whole.stages[0] = make(dataset, tmp_path, n=2).stages[0]
+    network, saved = whole.stages[1].build(), read_blocks(whole.stages[0].folder)
+    for i in range(2):
+        np.testing.assert_array_equal(network.conv3[i].bn2.gamma.array, np.float32(0.1))
+        np.testing.assert_array_equal(network.conv3[i].bn1.gamma.array, 1)
+        gamma = saved[f"conv2/{i}/bn2/gamma"]
+        np.testing.assert_array_equal(network.conv2[i].bn2.gamma.array, gamma)
+
+
+def test_a_seed_decides_both_the_first_weights_and_the_batches(dataset, tmp_path):
+    first, other = (
+        make(dataset, tmp_path, "--seed", seed).stages[0].make_trainer()[0].updater for seed in "01"
+    )
+    weights = [updater.optimizer.target.conv2[0].conv1.W.array for updater in (first, other)]
+    assert (weights[0] != weights[1]).any()
+    assert first.batches.indices(0).tolist() != other.batches.indices(0).tolist()
+
+
 def test_new_ends_draw_conv1_and_fc_afresh(dataset, tmp_path):
     whole = make(dataset, tmp_path, "--new-ends")
     whole.stages[0].train()
