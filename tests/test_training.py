@@ -154,6 +154,26 @@ def test_last_and_best_epoch_are_told_apart(finished, capsys):
     assert "best epoch (2): 75.00%" in out
 
 
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_loss_that_is_no_number_is_told_in_whichever_epoch(finished, capsys, epoch):
+    log = json.loads((finished.folder / "log").read_text())
+    training.report(finished.folder, finished.setting)
+    assert "DIVERGED" not in capsys.readouterr().out
+    log[epoch]["main/loss"] = float("inf")
+    (finished.folder / "log").write_text(json.dumps(log))
+    training.report(finished.folder, finished.setting)
+    assert "DIVERGED" in capsys.readouterr().out
+
+
+def test_of_partial_training_the_best_epoch_is_one_of_the_last_stage(finished):
+    log = json.loads((finished.folder / "log").read_text())
+    for entry, stage, accuracy in zip(log, (1, 2, 2), (0.9, 0.5, 0.4), strict=True):
+        entry |= {"stage": stage, "test/main/accuracy": accuracy}
+    (finished.folder / "log").write_text(json.dumps(log))
+    last, best, _ = training.result(finished.folder, "test")
+    assert (last["test/main/accuracy"], best["test/main/accuracy"]) == (0.4, 0.5)
+
+
 def test_the_same_command_again_does_not_train_a_complete_run(finished, capsys):
     before = (finished.folder / "blocks.h5").stat().st_mtime_ns
     finished.train()
@@ -258,9 +278,9 @@ def test_a_depth_that_is_typed_twice_is_trained_and_counted_once(dataset, tmp_pa
 
     monkeypatch.setattr(training.Run, "train", lambda run: None)
     monkeypatch.setattr(training, "print_summary", lambda runs: None)
-    args = flags.parser("").parse_args(["--n", "2", "1", "2", "--runs", "2"])
+    args = flags.parser("").parse_args(["--n", "2", "1", "2", "--runs", "2", "--seed", "3"])
     training.run(make, args, ())
-    assert planned == [(2, 0), (2, 1), (1, 0), (1, 1)]
+    assert planned == [(2, 3), (2, 4), (1, 3), (1, 4)]  # from --seed up
 
 
 @pytest.mark.parametrize(
