@@ -8,7 +8,7 @@ import re
 import chainer
 import numpy as np
 import pytest
-from conftest import make_run
+from conftest import make_run, read_log
 
 from resnet import extensions, network
 from resnet.batches import Images
@@ -79,6 +79,18 @@ def test_progress_fits_a_terminal_of_any_width(dataset, tmp_path, monkeypatch, w
         assert "left" in bar and bar.startswith("[")
         assert "test error" in next(line for line in lines if line.startswith("epoch"))
     assert len([line for line in lines if re.match(r" +[123]  ", line)]) == 3
+
+
+def test_progress_shows_the_numbers_of_the_log(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    lines = shown_on(Terminal(200), dataset, tmp_path, monkeypatch)
+    shown = [line.split() for line in lines if re.match(r" +[123]  ", line)]
+    for cells, entry in zip(shown, read_log(tmp_path / "resnet-8-seed0"), strict=True):
+        assert cells[:6] == [
+            str(entry["epoch"]), str(entry["iteration"]), f"{entry['lr']:g}",
+            f"{entry['main/loss']:.4f}", f"{1 - entry['main/accuracy']:.2%}",
+            f"{1 - entry['test/main/accuracy']:.2%}",
+        ]  # fmt: skip
 
 
 def test_progress_follows_a_resize_and_names_its_columns_again(dataset, tmp_path, monkeypatch):
