@@ -53,6 +53,14 @@ def test_numbers_are_not_copied_to_the_gpu_one_by_one():
     np.testing.assert_array_equal(random.bits(xp, *keys), random.bits(np, *map(np.array, keys)))
 
 
+def test_numpy_s_own_generator_is_seeded_by_every_key():
+    drawn = []
+    for keys in ((0, 0), (1, 0), (0, 1), (1 << 32, 0), (0, 0, 1), (0, 0)):
+        random.seed_numpy(*keys)
+        drawn.append(np.random.rand())
+    assert drawn[-1] == drawn[0] and len(set(drawn)) == 5
+
+
 @pytest.mark.gpu
 def test_gpu_permutes_as_the_cpu_does():
     if not functions.count_gpus():

@@ -83,6 +83,16 @@ def test_dropout_is_a_function_of_seed_and_iteration(dataset, seed):
     assert found[0] == found[1] and found[0][0] != found[0][1]
 
 
+def test_other_seeds_and_iterations_draw_otherwise_from_numpy_s_generator(dataset):
+    drawn = set()
+    for seed in (3, 4, 3 + (1 << 32)):
+        updater = make_updater(dataset, seed=seed)
+        for _ in range(2):
+            updater.update()
+            drawn.add(np.random.rand())
+    assert len(drawn) == 6
+
+
 def test_statistics_are_means_over_the_updates_since_the_last_report(dataset, monkeypatch):
     updater = make_updater(dataset)
     losses, correct = [], []
