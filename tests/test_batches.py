@@ -48,6 +48,14 @@ def test_seeds_shuffle_differently(images):
     assert stream(Batches(images, 16), 2) != stream(Batches(images, 16, seed=1), 2)
 
 
+def test_a_part_of_the_images_has_their_labels_and_leaves_the_whole_as_it_was(images, dataset):
+    part = images.part(slice(5, 9))
+    x, t = part.batch(slice(None))
+    assert len(part) == 4 and t.tolist() == dataset.train_y[5:9].tolist()
+    np.testing.assert_array_equal(x, images.batch(slice(5, 9))[0])
+    assert len(images) == len(images.x) == 40
+
+
 def test_images_have_the_mean_subtracted_and_are_in_units_of_one(images, dataset):
     x, t = images.batch(np.arange(40))
     assert x.dtype == np.float32 and t.dtype == np.int32
