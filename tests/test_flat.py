@@ -6,10 +6,12 @@ import pytest
 
 from resnet import functions, network
 
-
-@pytest.mark.parametrize(
+COMPILED = pytest.mark.parametrize(
     "backend", [("onednn", "@numpy"), ("cuda", "@numpy")], indirect=True, ids="-".join
 )
+
+
+@COMPILED
 def test_the_optimizer_stays_chainers_whatever_happens_between_steps(backend, tmp_path):
     """Arrays are replaced, links frozen and thawed, the state is saved and loaded."""
 
@@ -44,3 +46,25 @@ def test_the_optimizer_stays_chainers_whatever_happens_between_steps(backend, tm
     assert t == their_t
     for name, array in expected.items():
         np.testing.assert_allclose(ours[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@COMPILED
+def test_hooks_and_a_loss_function_are_called_as_chainer_does(backend):
+    def trained():
+        net = network.resnet(1)
+        optimizer = functions.momentum_sgd(net, 0.9, 0.0)
+        optimizer.lr = 0.1
+
+        def halve(_):
+            net.fc.W.array[...] *= 0.5
+
+        optimizer.add_hook(chainer.optimizer_hooks.GradientClipping(0.5))
+        optimizer.add_hook(halve, "halve", timing="post")
+        for _ in range(2):  # of a loss that the other parameters have no part in
+            optimizer.update(lambda c: chainer.functions.sum(net.fc.W**2) * c, 3)
+        return {name: parameter.array for name, parameter in net.namedparams()}
+
+    ours = trained()
+    functions.use("chainer")
+    for name, array in trained().items():
+        np.testing.assert_allclose(ours[name], array, rtol=1e-5, atol=1e-7, err_msg=name)
