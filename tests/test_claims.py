@@ -179,6 +179,7 @@ def test_a_claim_without_all_its_runs_is_open_and_names_them(title):
 ALL = {kind: [f"{kind}_{layers}" for layers in reference.DEPTHS] for kind in LOSSES}
 NETS = {
     "plain nets degrade with depth, in training loss too": ["plain_20", "plain_32", "plain_56"],
+    "plain nets lose little up to 56 layers": ["plain_32", "plain_56", "plain_110"],
     "the plain net of 110 layers fails": ["plain_110"],
     "augmentation brings about 4 points": ["resnet_20", "without"],
     "augmentation reduces overfitting": ["resnet_20", "without"],
