@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from conftest import deny
 from PIL import Image
 
 from resnet.command import InputError
-from resnet.evaluate import read_image, recorded_data
+from resnet.evaluate import print_classes, print_evaluation, read_image, recorded_data
 
 
 def ramp(most, dtype):
@@ -143,3 +144,24 @@ def test_without_a_record_that_can_be_read_nobody_knows_where_the_images_were(
     assert recorded_data(tmp_path / "blocks.h5") == str(tmp_path)
     deny(monkeypatch, record)
     assert recorded_data(tmp_path / "blocks.h5") is None
+
+
+CLASSES = ("cat", "dog", "frog", "ship")
+
+
+def test_rows_of_the_confusion_matrix_are_the_true_classes(capsys):
+    print_evaluation(np.array([0, 0, 0, 1, 2]), np.array([0, 1, 1, 1, 0]), CLASSES)
+    first, *_, head, cat, dog, frog, ship = capsys.readouterr().out.splitlines()
+    assert first == "accuracy: 40.00% (2 of 5 images)"
+    assert head.split() == [*CLASSES, "accuracy"]
+    assert [row.split() for row in (cat, dog, frog, ship)] == [
+        ["cat", "1", "2", "0", "0", "33.33%"],
+        ["dog", "0", "1", "0", "0", "100.00%"],
+        ["frog", "1", "0", "0", "0", "0.00%"],
+        ["ship", "0", "0", "0", "0", "-"],
+    ]
+
+
+def test_of_an_image_the_likeliest_classes_are_told_with_their_probabilities(capsys):
+    print_classes([Path("a.png")], np.array([[0, 2, 1, -1]], np.float32), CLASSES)
+    assert capsys.readouterr().out == "a.png: dog 64.4%, frog 23.7%, cat 8.7%\n"
