@@ -127,6 +127,33 @@ def test_a_shortcut_may_come_from_anywhere(backend):
         assert_close(our.grad, their.grad.numpy())
 
 
+@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("inside", [False, True], ids=["of an image", "of a layer"])
+def test_a_shortcut_may_be_there_more_than_once(backend, times, inside):
+    """As around a ResResNet's block of one module, where the module's is the block's."""
+    x, w = normal(2, 16, 8, 8), normal(16, 16, 3, 3, seed=1) / 9
+    ours = [chainer.Variable(backend.send(a)) for a in (x, w)]
+    theirs = [torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, w)]
+    bn = L.BatchNormalization(16)
+    bn.to_device(backend)
+
+    def their_layer(x, shortcut=0):
+        h = F.conv2d(x, theirs[1], padding=1)
+        return F.relu(F.batch_norm(h, None, None, training=True, eps=bn.eps) + shortcut)
+
+    h, expected = layer(*ours, bn) if inside else ours[0], theirs[0]
+    expected = their_layer(expected) if inside else expected
+    y = functions.normalization(functions.convolution(h, ours[1]), bn)
+    for _ in range(times):
+        y = y + h
+    y, expected = functions.relu(y), their_layer(expected, times * expected)
+    assert_close(y.array, expected.detach().numpy())
+    chainer.functions.sum(y * y).backward()
+    expected.square().sum().backward()
+    for our, their in zip(ours, theirs, strict=True):
+        assert_close(our.grad, their.grad.numpy())
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_convolution_by_itself(backend, stride, bias):

@@ -354,7 +354,9 @@ class _Layers(Node):
             for start in self.starts.get(i + 1, ()):
                 more = _shortcut_gradient(g, self.shapes[i + 1], self.shapes[start])
                 if more is g and any(other is g for other in added.values()):
-                    more = g.copy()  # g itself will be added to once
+                    more = g.copy()  # g itself will be added to once, after this layer has read it
+                    if added.get(start) is g:
+                        added[start], more = more, g
                 if start in added:
                     kernels.add(more, added[start])
                 else:
