@@ -13,7 +13,7 @@ EPS = 2e-5  # of Chainer's batch normalization; its decay 0.9 is PyTorch's momen
 
 def option_a(x, like):
     """x, or every second pixel of it with channels of zeros appended, in the shape of ``like``."""
-    stride = -(-x.shape[2] // like.shape[2])
+    stride = max(-(-x.shape[i] // like.shape[i]) for i in (2, 3))
     return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, like.shape[1] - x.shape[1]))
 
 

@@ -154,6 +154,30 @@ def test_a_shortcut_may_be_there_more_than_once(backend, times, inside):
         assert_close(our.grad, their.grad.numpy())
 
 
+@pytest.mark.parametrize("size", [(1, 9), (9, 1)], ids=["row", "column"])
+def test_a_shortcut_of_images_of_one_row(backend, size):
+    """Whose height, or width, does not tell the stride."""
+    module, x = make(backend, ResidualModule, 16, 32, 2), normal(4, 16, *size)
+    ours = [chainer.Variable(backend.send(x)), module.conv1.W, module.conv2.W]
+    theirs = [
+        torch.tensor(chainer.cuda.to_cpu(each.array), dtype=torch.float64, requires_grad=True)
+        for each in ours
+    ]
+    module.cleargrads()
+    y = module(ours[0])
+    h, expected = theirs[0], F.pad(theirs[0][:, :, ::2, ::2], (0, 0, 0, 0, 0, 16))
+    h = F.conv2d(h, theirs[1], stride=2, padding=1)
+    h = F.relu(F.batch_norm(h, None, None, training=True, eps=module.bn1.eps))
+    h = F.conv2d(h, theirs[2], padding=1)
+    h = F.batch_norm(h, None, None, training=True, eps=module.bn2.eps)
+    expected = F.relu(h + expected)
+    assert_close(y.array, expected.detach().numpy())
+    chainer.functions.sum(y * y).backward()
+    expected.square().sum().backward()
+    for our, their in zip(ours, theirs, strict=True):
+        assert_close(our.grad, their.grad.numpy())
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_convolution_by_itself(backend, stride, bias):

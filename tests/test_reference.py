@@ -32,3 +32,11 @@ def test_a_shortcut_is_widened_to_the_shape_of_what_it_is_added_to(side):
     y = widened(x, np.empty((2, 5, small, small))).array
     np.testing.assert_array_equal(y[:, :3], x[:, :, ::2, ::2])
     assert y.shape == (2, 5, small, small) and not y[:, 3:].any()
+
+
+@pytest.mark.parametrize("size", [(1, 9), (9, 1), (5, 8)])
+def test_a_shortcut_is_widened_whatever_the_shape_of_an_image(size):
+    x = np.random.RandomState(0).rand(2, 3, *size).astype(np.float32)
+    small = [-(-length // 2) for length in size]
+    y = widened(x, np.empty((2, 5, *small))).array
+    np.testing.assert_array_equal(y[:, :3], x[:, :, ::2, ::2])

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import python
 from test_export import IMAGES, MEAN, logits, save
 
@@ -45,3 +46,10 @@ def test_a_state_dict_and_its_module_need_nothing_of_this_project(architecture, 
     expected = logits(net, MEAN)
     found = np.load(tmp_path / "logits.npy")
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("size", [(1, 9), (9, 1), (5, 8)])
+def test_a_shortcut_is_subsampled_whatever_the_shape_of_an_image(size):
+    x = torch.rand(2, 3, *size)
+    y = torch_module.option_a(x, torch.empty(2, 5, *(-(-length // 2) for length in size)))
+    np.testing.assert_array_equal(y[:, :3], x[:, :, ::2, ::2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import chainer.functions as F
 from chainer import links as L
 from chainer import optimizers
@@ -73,4 +75,9 @@ REFERENCE = Reference()
 
 def widened(x, like):
     """A(x), option A, in the shape of ``like``."""
-    return REFERENCE.option_a(x, like.shape[1], -(-x.shape[2] // like.shape[2]))
+    return REFERENCE.option_a(x, like.shape[1], step(x.shape[2:], like.shape[2:]))
+
+
+def step(size: Sequence[int], small: Sequence[int]) -> int:
+    """Find by which step (height, width) was subsampled; one row stays one row by any."""
+    return max(-(-length // short) for length, short in zip(size, small, strict=True))

@@ -24,7 +24,7 @@ from resnet.backends.cpu.primitives import Missing
 from resnet.backends.flat import FlatMomentumSGD
 from resnet.backends.fused import Fused, Layer, Unfinished, chain
 from resnet.backends.node import Node, accumulated, normalized
-from resnet.backends.reference import REFERENCE, widened
+from resnet.backends.reference import REFERENCE, step, widened
 
 
 def _without_numba(error: Exception) -> str:
@@ -392,17 +392,13 @@ class _Layers(Node):
         return ggamma, gbeta, parts
 
 
-def _step(shape: tuple[int, ...], small: tuple[int, ...]) -> int:
-    return -(-shape[2] // small[2])
-
-
 def _widen(rows: np.ndarray, shape: tuple[int, ...], wanted: tuple[int, ...]) -> np.ndarray:
     """A(rows): themselves, or subsampled with channels of zeros appended (option A)."""
     if shape == wanted:
         return rows
     n, c, h, w = wanted
     y = np.empty((n, h, w, c), np.float32)
-    kernels.widen(_nhwc(rows, shape), _step(shape, wanted), y)
+    kernels.widen(_nhwc(rows, shape), step(shape[2:], wanted[2:]), y)
     return y.reshape(_row_shape(wanted))
 
 
@@ -412,7 +408,7 @@ def _shortcut_gradient(g, shape: tuple[int, ...], wanted: tuple[int, ...]) -> np
         return g
     n, c, h, w = wanted
     gx = np.empty((n, h, w, c), np.float32)
-    kernels.widen_gradient(_nhwc(g, shape), _step(wanted, shape), gx)
+    kernels.widen_gradient(_nhwc(g, shape), step(wanted[2:], shape[2:]), gx)
     return gx.reshape(_row_shape(wanted))
 
 

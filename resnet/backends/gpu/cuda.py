@@ -23,7 +23,7 @@ from resnet.backends.gpu import cudnn, programs, tensor_cores
 from resnet.backends.gpu.cudnn import Missing
 from resnet.backends.gpu.programs import THREADS, launch, launch_on
 from resnet.backends.node import Node, accumulated, normalized
-from resnet.backends.reference import REFERENCE, widened
+from resnet.backends.reference import REFERENCE, step, widened
 
 BLOCKS = 256  # of a sum: enough for a large GPU, few enough for one block to add their results
 VECTORS = 4  # of 16 bytes: the least that a thread of a sum should have to add
@@ -272,7 +272,7 @@ def _geometry(y, shortcut) -> tuple[int, ...]:
     """Height and width of y, step of option A, height, width and channels of the shortcut."""
     _, height, width, _ = y.shape
     _, *size, channels = y.shape if shortcut is None else shortcut.shape
-    return height, width, -(-size[0] // height), *size, channels
+    return height, width, step(size, (height, width)), *size, channels
 
 
 def _normalize(x, stats, shortcut, y, rectify: bool = True) -> None:
