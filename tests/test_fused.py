@@ -178,6 +178,25 @@ def test_a_shortcut_of_images_of_one_row(backend, size):
         assert_close(our.grad, their.grad.numpy())
 
 
+def test_shapes_that_do_not_fit_are_refused(backend):
+    """Where Chainer refuses them, before a kernel reads or writes behind the end of an array."""
+    x, wide, w = normal(2, 16, 8, 8), normal(2, 32, 8, 8), normal(16, 16, 3, 3)
+    x, wide, w = map(backend.send, (x, wide, w))
+    wrong, right = L.BatchNormalization(32), L.BatchNormalization(16)
+    for link in (wrong, right):
+        link.to_device(backend)
+    for compute in (
+        lambda: functions.convolution(wide, w),
+        lambda: functions.convolution(x[:, :3], w),
+        lambda: functions.convolution(x[0], w),
+        lambda: functions.relu(functions.normalization(functions.convolution(x, w), wrong)),
+        lambda: layer(x, w, right, shortcut=wide),
+        lambda: functions.gated(x, wide, x),
+    ):
+        with pytest.raises((chainer.utils.type_check.InvalidType, ValueError)):
+            functions.finished(compute())
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_convolution_by_itself(backend, stride, bias):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import chainer
+import numpy as np
 from chainer import functions as F
 from chainer import links as L
 
@@ -174,20 +175,24 @@ class Fused(Reference):
 
     def convolution(self, x, W, b=None, stride: int = 1):
         x = chainer.as_variable(x)
-        if not self.fits(x, W):
-            return super().convolution(x, W, b, stride)
+        if len(x.shape) != 4 or W.shape[1:2] != x.shape[1:2] or not self.fits(x, W):
+            return super().convolution(x, W, b, stride)  # where Chainer says what does not fit
         y = Unfinished(self, strided(x.shape, len(W), stride), Convolution(x, W, stride))
         return y if b is None else F.bias(y, b)
 
     def normalization(self, x, bn: L.BatchNormalization):
-        if is_waiting(x, Convolution):
+        if is_waiting(x, Convolution) and np.shape(bn.avg_mean) == x.shape[1:2]:
             return Unfinished(self, x.shape, Normalization(x, bn))
         return super().normalization(x, bn)
 
     def option_a(self, x, channels: int, stride: int):
         x = chainer.as_variable(x)
         shape = strided(x.shape, channels, stride)
-        return x if shape == x.shape else Unfinished(self, shape, Shortcut(x, channels, stride))
+        if shape == x.shape:
+            return x
+        if channels < x.shape[1]:
+            return super().option_a(x, channels, stride)  # says that it cannot
+        return Unfinished(self, shape, Shortcut(x, channels, stride))
 
     def relu(self, x):
         if is_waiting(x, Normalization):
