@@ -86,6 +86,18 @@ def test_running_averages_move_once_however_often_a_normalization_is_used(backen
     assert_close(bn.avg_var, theirs.running_var.numpy())
 
 
+def test_running_averages_move_once_though_forget_computes_twice(backend):
+    """F.forget keeps nothing of a block, and computes it again on the way back."""
+    x, found = backend.send(normal(4, 16, 8, 8)), []
+    for compute in (lambda block, x: block(x), chainer.functions.forget):
+        block = make(backend, Block, 2, 16, 16, 1)
+        variable = chainer.Variable(x)
+        chainer.functions.sum(compute(block, variable)).backward()
+        found.append([variable.grad, *averages(block)])
+    for a, b in zip(*found, strict=True):
+        assert_close(b, a)
+
+
 @pytest.mark.parametrize("train", [True, False], ids=["train", "test"])
 def test_it_is_computed_as_it_was_asked_for(backend, train):
     """Under the configuration of that moment, whenever somebody looks."""

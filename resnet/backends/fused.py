@@ -182,7 +182,8 @@ class Fused(Reference):
 
     def normalization(self, x, bn: L.BatchNormalization):
         if is_waiting(x, Convolution) and np.shape(bn.avg_mean) == x.shape[1:2]:
-            return Unfinished(self, x.shape, Normalization(x, bn))
+            counts = not chainer.config.in_recomputing  # by F.forget, which computes twice
+            return Unfinished(self, x.shape, Normalization(x, bn, counts))
         return super().normalization(x, bn)
 
     def option_a(self, x, channels: int, stride: int):
