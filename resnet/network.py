@@ -62,8 +62,11 @@ class Network(chainer.Chain):
             each other one (report, III.B).
         classes: Number of classes.
 
+    Raises:
+        ValueError: There is no such network; the message names the argument.
+
     Attributes:
-        frozen: Names of the blocks that are held still: they compute as at test time, and their
+        frozen: Names of the groups that are held still: they compute as at test time, and their
             weights and statistics do not change (see ``freeze``).
     """
 
@@ -76,6 +79,10 @@ class Network(chainer.Chain):
         classes: int = 10,
     ) -> None:
         super().__init__()
+        for name, value, least in (("n", n, 1), ("seed", seed, 0), ("classes", classes, 1)):
+            if not isinstance(value, int | np.integer) or not least <= value < 1 << 32:
+                raise ValueError(f"{name}: found {value!r}, legal: whole numbers from {least} up")
+        _check_names("present", present)
         self.n = n
         self.frozen: frozenset[str] = frozenset()
         first, second, third = CHANNELS
@@ -98,7 +105,12 @@ class Network(chainer.Chain):
         return tuple(name for name in GROUPS if not isinstance(self[name], AbsentBlock))
 
     def freeze(self, names: Collection[str]) -> None:
-        """Hold the blocks ``names`` still from here on; call it once the optimizer is set up."""
+        """Hold the groups ``names`` still from here on; call it once the optimizer is set up.
+
+        Raises:
+            ValueError: There is no such group; none is frozen then.
+        """
+        _check_names("freeze", names)
         self.frozen = frozenset(names)
         for name in names:
             self[name].disable_update()
@@ -109,6 +121,12 @@ class Network(chainer.Chain):
             with chainer.using_config("train", chainer.config.train and name not in self.frozen):
                 x = self[name](x)
         return functions.finished(x)
+
+
+def _check_names(what: str, names: Collection[str]) -> None:
+    if isinstance(names, str) or not set(names) <= set(GROUPS):
+        found = names if isinstance(names, str) else ", ".join(map(str, names))
+        raise ValueError(f"{what}: found {found}, legal: a list of {', '.join(GROUPS)}")
 
 
 @contextlib.contextmanager

@@ -262,3 +262,28 @@ def test_resresnet_without_its_three_shortcuts_is_the_resnet(architecture, backe
     cut = without_shortcuts(monkeypatch, blocks)
     assert abs(nets[1](x).array - y).max() < 1e-5 * abs(y).max()
     assert cut == [(4, 16, 32, 32), (4, 32, 16, 16), (4, 64, 8, 8)]
+
+
+@pytest.mark.parametrize(
+    "arguments, found",
+    [
+        ({"n": 0}, "n: found 0, legal: whole numbers from 1 up"),
+        ({"n": 1.5}, "n: found 1.5, legal"),
+        ({"n": 1, "seed": -1}, "seed: found -1, legal: whole numbers from 0 up"),
+        ({"n": 1, "classes": 0}, "classes: found 0, legal"),
+        ({"n": 1, "present": ("conv9",)}, "present: found conv9, legal: a list of conv1, conv2"),
+        ({"n": 1, "present": "conv2"}, "present: found conv2, legal: a list of"),
+    ],
+)
+def test_a_network_that_does_not_exist_is_refused_in_one_line(arguments, found):
+    with pytest.raises(ValueError, match=f"^{found}") as error:
+        resnet(**arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("names", ["conv2", ["conv2", "conv9"]])
+def test_a_group_that_does_not_exist_cannot_be_frozen(names):
+    net = resnet(1)
+    with pytest.raises(ValueError, match=r"^freeze: found conv2.*, legal: a list of conv1, conv2"):
+        net.freeze(names)
+    assert not net.frozen
