@@ -188,7 +188,8 @@ def load(
 def restore(path: Path | str) -> tuple[Network, Description]:
     """Build the network that ``path`` describes and load its weights."""
     description = describe(path)
-    network = ARCHITECTURES[description.architecture](description.n, present=description.groups)
+    architecture, classes = ARCHITECTURES[description.architecture], len(description.classes)
+    network = architecture(description.n, present=description.groups, classes=classes)
     load(path, network, description.architecture)
     return network, description
 

@@ -19,7 +19,7 @@ from resnet.modules import Normalization
 from resnet.network import ARCHITECTURES, GROUPS
 
 MEAN = np.linspace(0, 1, 3 * 32 * 32, dtype=np.float32).reshape(3, 32, 32)
-CLASSES = ("airplane", "Wagen", "鳥")
+CLASSES = ("airplane", "Wagen", "鳥", "d", "e", "f", "g", "h", "i", "j")
 
 
 def trained(architecture="resnet", n=1):
@@ -68,6 +68,15 @@ def test_restored_network_is_the_saved_one(architecture, n, tmp_path):
     x = np.ones((2, 3, 32, 32), np.float32)
     with chainer.using_config("train", False):
         np.testing.assert_array_equal(restored(x).array, net(x).array)
+
+
+def test_a_network_of_seven_classes_is_restored(tmp_path):
+    path, net = tmp_path / "blocks.h5", ARCHITECTURES["resnet"](1, seed=1, classes=7)
+    description = dataclasses.replace(describe(), classes=CLASSES[:7])
+    weights.save(path, net, description, MEAN)
+    restored, found = weights.restore(path)
+    assert found == description
+    assert_same(net, restored)
 
 
 def test_a_network_with_weights_outside_its_groups_is_refused_not_cut_short(tmp_path):
