@@ -95,7 +95,8 @@ def to_onnx(network: Network, description: weights.Description, mean: np.ndarray
     """
     onnx = _require("onnx", ONNX)
     kind = networks.ARCHITECTURES[description.architecture]
-    with warnings.catch_warnings():  # onnx_chainer was tested with ONNX 1.6
+    # onnx_chainer knows Chainer's own functions, and was tested with ONNX 1.6.
+    with functions.by_chainer(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import onnx_chainer
 
@@ -433,7 +434,6 @@ def main() -> None:
         weights.save(args.h5, network, description, mean)
         print(f"wrote {args.h5}")
     if args.onnx:
-        functions.use("chainer")
         write_onnx(args.onnx, to_onnx(network, description, mean), compare)
         print(f"wrote {args.onnx}")
     if args.torch:

@@ -7,10 +7,12 @@ not do itself, it leaves to the class it extends, in the end ``Reference``: Chai
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
 import warnings
+from collections.abc import Iterator
 
 import chainer
 from chainer import links  # noqa: F401  chainer.links is an attribute only once it is imported
@@ -73,6 +75,17 @@ def use(name: str = "auto", gpu: bool = False, precision: str | None = None) -> 
     if name == "auto" and not possible and not gpu:
         return f"{_backend.describe()}; faster on a CPU with oneDNN: {reason}"
     return _backend.describe() + missing
+
+
+@contextlib.contextmanager
+def by_chainer() -> Iterator[None]:
+    """Have Chainer's own functions compute for a while, as for what reads their graph."""
+    global _backend
+    before, _backend = _backend, REFERENCE
+    try:
+        yield
+    finally:
+        _backend = before
 
 
 def _fast_cpu(by_tiles: bool = False) -> tuple[bool, str]:

@@ -60,6 +60,16 @@ def test_an_onnx_model_gives_the_same_logits_for_any_number_of_images(saved, tmp
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("backend", ["onednn", "chainer"])
+def test_a_network_goes_to_onnx_whatever_computes(backend):
+    pytest.importorskip("onnx_chainer")
+    functions.use(backend)
+    chosen = functions._backend
+    description = weights.Description("resnet", 1, "CIFAR-10", CLASSES, 0, 3, 99)
+    model = export.to_onnx(resnet(1), description, MEAN)
+    assert b"Conv" in model and functions._backend is chosen
+
+
 def test_a_network_with_one_block_goes_to_onnx_alone(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     net = resnet(1, present=("conv4",))
