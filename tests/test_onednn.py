@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import chainer
 import numpy as np
@@ -247,3 +248,23 @@ def test_no_layer_of_the_reports_networks_is_left_to_chainers_functions(
     assert all(parameter.grad is not None for parameter in net.params())
     # Each block's sum that is rectified by itself is one, too.
     assert len(passes) == (4 if architecture == "resresnet_twice" else 1)
+
+
+def test_threads_of_python_compute_what_one_does(name):
+    """They share the memory that the kernels work in."""
+    functions.use(name)
+    x = np.random.RandomState(0).standard_normal((6, 3, 16, 16)).astype(np.float32)
+
+    def train(seed):
+        net = network.resnet(1, seed=seed)
+        net.cleargrads()
+        for _ in range(5):
+            y = net(x)
+            chainer.functions.sum(y * y).backward()
+        return [y.array, *(parameter.grad for _, parameter in sorted(net.namedparams()))]
+
+    expected = [train(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        for found, right in zip(threads.map(train, range(3)), expected, strict=True):
+            for a, b in zip(found, right, strict=True):
+                np.testing.assert_array_equal(a, b)

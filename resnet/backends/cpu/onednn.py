@@ -7,9 +7,11 @@ not float32 on the CPU, or asks for gradients of gradients, is handed to Chainer
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -217,6 +219,20 @@ _NOTHING = np.empty((0, 0), np.float32)
 _NO_ROWS = np.empty((0, 0, 0), np.float32)
 
 
+_computing = threading.RLock()
+
+
+def _alone(method):
+    """Let one thread of Python at a time compute: they share the kernels' working memory."""
+
+    @functools.wraps(method)
+    def locked(*args):
+        with _computing:
+            return method(*args)
+
+    return locked
+
+
 class _Convolution(Node):
     """A convolution by itself, without what is computed along with it in a layer."""
 
@@ -227,6 +243,7 @@ class _Convolution(Node):
     def reference(self, x, W):
         return REFERENCE.convolution(x, W, stride=self.stride)
 
+    @_alone
     def forward(self, inputs):
         self.retain_inputs((0, 1))
         x, w = inputs
@@ -236,6 +253,7 @@ class _Convolution(Node):
         self.convolution.convolve(x, _NOTHING, _NO_ROWS, _NO_ROWS, w, y)
         return (_images(y, self.convolution.out_shape),)
 
+    @_alone
     def gradients(self, indexes, gy, before):
         x, w = (v.array for v in self.get_retained_inputs())
         g, gw = _rows(_channels_last(gy)), np.empty_like(w)
@@ -287,6 +305,7 @@ class _Layers(Node):
             inputs.append(F.relu(y))
         return inputs[-1]
 
+    @_alone
     def forward(self, inputs):
         self.retain_inputs(tuple(range(len(inputs))))
         x, *parameters = inputs
@@ -339,6 +358,7 @@ class _Layers(Node):
             mean, var = bn.avg_mean, bn.avg_var
         return kernels.scale_and_shift(mean, var, gamma, beta, np.float32(bn.eps), width)
 
+    @_alone
     def gradients(self, indexes, gy, before):
         weights = [v.array for v in self.get_retained_inputs()[1::3]]
         last = len(self.bns)
