@@ -151,7 +151,11 @@ def option_a(x, channels: int, stride: int):
 
 
 def finished(x):
-    """Have ``x`` computed now, if its backend has put that off (see ``fused``); returns ``x``."""
+    """Have ``x`` computed now, if its backend has put that off (see ``fused``); returns ``x``.
+
+    Needed where weights change before somebody looks at ``x``, and for a gradient with respect to
+    it: ``chainer.grad`` finds none of a variable that is not computed.
+    """
     return _backend.finished(x)
 
 

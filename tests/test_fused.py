@@ -98,6 +98,18 @@ def test_running_averages_move_once_though_forget_computes_twice(backend):
         assert_close(b, a)
 
 
+def test_what_is_finished_has_a_gradient_and_the_weights_of_before(backend):
+    """As the library's page promises; of what nobody has looked at there is none."""
+    net = make(backend, lambda *_: resnet(1))
+    with chainer.using_config("train", False):
+        h = functions.finished(net.conv3(net.conv2(net.conv1(backend.send(normal(2, 3, 32, 32))))))
+        (found,) = chainer.grad([net.fc(net.conv4(h))[:, 3]], [h], [backend.xp.ones(2, "f")])
+    assert found.shape == h.shape and abs(found.array).max() > 0
+    before = h.array.copy()
+    net.conv3[0].conv1.W.array *= 2
+    assert_close(h.array, before)
+
+
 @pytest.mark.parametrize("train", [True, False], ids=["train", "test"])
 def test_it_is_computed_as_it_was_asked_for(backend, train):
     """Under the configuration of that moment, whenever somebody looks."""
