@@ -23,7 +23,7 @@ from chainer.serializers import DictionarySerializer, NpzDeserializer
 from resnet import __version__, arrays, files
 from resnet.arrays import Kind
 from resnet.command import InputError, reason
-from resnet.network import ARCHITECTURES, BLOCKS, GROUPS, Network
+from resnet.network import ARCHITECTURES, BLOCKS, GROUPS, Network, find_architecture
 
 IMAGE = (3, 32, 32)  # shape of an image of CIFAR-10
 SIGNATURE = b"\x89HDF\r\n\x1a\n\0"  # and the version of what follows
@@ -73,17 +73,22 @@ def save(path: Path | str, network: Network, description: Description, mean: np.
         mean: Per-pixel mean of the training images, float32 (3, 32, 32), in units of 0..1.
 
     Raises:
-        InputError: ``check_groups`` refuses the network.
+        InputError: ``check_groups`` refuses the network, or ``load`` would refuse the file.
     """
+    formula = find_architecture(description.architecture).formula
     check_groups(network, description.architecture)
+    if description.n != network.n:
+        raise InputError(f"{path}: n: found {description.n}, legal: the network's, {network.n}")
+    mean = np.asarray(chainer.cuda.to_cpu(mean))
+    if (found := Kind.of(mean)) != (legal := Kind("float32", IMAGE)):
+        raise InputError(f"{path}: mean: found {found}, legal: {legal}")
     path = Path(path)
     content = io.BytesIO()  # HDF5 itself crashes the process on a full disk
     with h5py.File(content, "w") as file:
-        formula = ARCHITECTURES[description.architecture].formula
         for key, value in {**ABOUT, "module": formula, **asdict(description)}.items():
             file.attrs[key] = value
         file.attrs["sealed"] = True
-        file["mean"] = chainer.cuda.to_cpu(mean)
+        file["mean"] = mean
         for name in description.groups:
             chainer.serializers.HDF5Serializer(file.create_group(name)).save(network[name])
     files.write(path, files.seal(content.getvalue()))

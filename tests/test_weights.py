@@ -79,6 +79,22 @@ def test_a_network_of_seven_classes_is_restored(tmp_path):
     assert_same(net, restored)
 
 
+@pytest.mark.parametrize(
+    ("changes", "mean", "reason"),
+    [
+        ({"n": 4}, MEAN, "n: found 4, legal: the network's, 1"),
+        ({"architecture": "rsnet"}, MEAN, "found 'rsnet', legal: plain"),
+        ({}, MEAN.astype(np.float64), "mean: found float64 (3, 32, 32), legal: float32"),
+        ({}, MEAN[0], "mean: found float32 (32, 32), legal: float32 (3, 32, 32)"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(changes, mean, reason, tmp_path):
+    path, description = tmp_path / "blocks.h5", dataclasses.replace(describe(), **changes)
+    with pytest.raises(InputError) as error:
+        weights.save(path, ARCHITECTURES["resnet"](1), description, mean)
+    assert reason in str(error.value) and not path.exists()
+
+
 def test_a_network_with_weights_outside_its_groups_is_refused_not_cut_short(tmp_path):
     """Their loss would show only as another accuracy than the log's."""
     net = trained()
