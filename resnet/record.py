@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import math
 import os
 import platform
 import shlex
@@ -29,6 +30,22 @@ LARGEST_DIFF = 200_000  # characters of a modified checkout's diff that are kept
 PROCESSORS = (
     os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 )
+
+
+def quota(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Count the processors whose time a container may take, as ``docker run --cpus`` says.
+
+    Args:
+        folder: Where Linux tells it, as version 2 or 1 of its control groups do.
+
+    Returns:
+        That number, rounded up; None without a limit, or where nothing is told.
+    """
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            share, period = " ".join((folder / name).read_text() for name in names).split()
+            return max(1, math.ceil(int(share) / int(period))) if int(share) > 0 else None
+    return None
 
 
 def command() -> str:

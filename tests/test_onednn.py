@@ -109,10 +109,20 @@ def test_as_many_threads_are_told_of_as_will_compute(environment, threads, monke
     config = onednn.kernels.numba.config
     most = int(environment.get("NUMBA_NUM_THREADS", 8))
     monkeypatch.setattr(config, "NUMBA_NUM_THREADS", most)
+    monkeypatch.setattr(record, "quota", lambda: None)
     for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    assert onednn.threads() == threads
+
+
+@pytest.mark.parametrize(("wanted", "threads"), [("", 3), ("6", 6)])
+def test_a_container_computes_with_its_share_unless_told_otherwise(wanted, threads, monkeypatch):
+    monkeypatch.setattr(record, "PROCESSORS", set(range(8)))
+    monkeypatch.setattr(onednn.kernels.numba.config, "NUMBA_NUM_THREADS", 8)
+    monkeypatch.setattr(record, "quota", lambda: 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     assert onednn.threads() == threads
 
 

@@ -98,3 +98,22 @@ def test_the_cpu_is_named_by_its_model():
         model = text.split("model name", 1)[1].split(":", 1)[1].splitlines()[0].strip()
         assert model in name
     assert name.startswith("CPU, ") and "cores" in name
+
+
+@pytest.mark.parametrize(
+    ("told", "processors"),
+    [
+        ({"cpu.max": "400000 100000"}, 4),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_a_container_s_share_of_the_processors_is_counted(told, processors, tmp_path):
+    (tmp_path / "cpu").mkdir()
+    for name, text in told.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert record.quota(tmp_path) == processors

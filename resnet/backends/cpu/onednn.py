@@ -71,14 +71,19 @@ def available(by_tiles: bool = False) -> tuple[bool, str]:
 def threads() -> int:
     """Threads that compute: as many as this process has processors, or the environment allows.
 
-    A value that OpenMP refuses, which it says itself, is none.
+    In a container that may take the time of fewer, as many as those, unless ``OMP_NUM_THREADS``
+    says more. A value that OpenMP refuses, which it says itself, is none.
     """
     most = [len(record.PROCESSORS)]
     if kernels is not None:
         most.append(kernels.numba.config.NUMBA_NUM_THREADS)
-    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
-        found = re.match(r"\s*\+?0*([1-9][0-9]{0,8})\s*(,|$)", os.environ.get(name, ""))
-        most += [int(found[1])] if found else []
+    wanted, limit = (
+        re.match(r"\s*\+?0*([1-9][0-9]{0,8})\s*(,|$)", os.environ.get(name, ""))
+        for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT")
+    )
+    most += [int(found[1]) for found in (wanted, limit) if found]
+    if not wanted and (quota := record.quota()):
+        most.append(quota)
     return min(most)
 
 
@@ -93,8 +98,9 @@ class OneDNN(Fused):
         global _started
         _started = True
         self.by_tiles = by_tiles and bool(vectors.name())
+        self.threads = threads()
         try:
-            kernels.numba.set_num_threads(threads())
+            kernels.numba.set_num_threads(self.threads)
         except ValueError as error:
             layer = kernels.numba.config.THREADING_LAYER
             found = f"NUMBA_THREADING_LAYER: found '{layer}' ({command.reason(error)})"
@@ -126,8 +132,8 @@ class OneDNN(Fused):
     def prepare(self, shape: tuple[int, ...], channels: int, stride: int):
         """What computes ``channels`` filters on (N, C, H, W)."""
         if self.by_tiles and winograd.fits(shape, channels, stride):
-            return winograd.convolution(shape, channels, stride, threads())
-        return primitives.convolution(shape, channels, stride, threads())
+            return winograd.convolution(shape, channels, stride, self.threads)
+        return primitives.convolution(shape, channels, stride, self.threads)
 
     def convolve(self, x, W, stride: int):
         return _Convolution(self, stride).apply((x, W))[0]
