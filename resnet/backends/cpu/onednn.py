@@ -32,16 +32,17 @@ from resnet.backends.reference import REFERENCE, step, widened
 def _without_numba(error: Exception) -> str:
     """Say in one line why Numba does not compile here, and which settings may be to blame."""
     if isinstance(error, ModuleNotFoundError) and error.name in ("numba", "llvmlite"):
-        return "Numba is missing: pip install numba"
+        return _NO_NUMBA
     found = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_")]
     settings = f" with {', '.join(found)}" if found else ""
     return f"Numba does not work here{settings}: {command.reason(error)}"
 
 
+_why_not = _NO_NUMBA = "Numba is missing: pip install numba"
 try:
     from resnet.backends.cpu import kept, kernels, vectors, winograd
 except (ImportError, ValueError) as error:  # available() says so
-    _why = _without_numba(error)
+    _why_not = _without_numba(error)
     kept = kernels = vectors = winograd = None
 
 WIDTH = 256  # values of a row: vectors are well used, a row stays in the innermost cache
@@ -58,7 +59,7 @@ def available(by_tiles: bool = False) -> tuple[bool, str]:
     if _forked:
         return False, "OpenMP does not survive a fork; start processes with 'spawn' instead"
     if kernels is None:
-        return False, _why
+        return False, _why_not
     try:
         version = primitives.version()
     except Missing as reason:
