@@ -126,6 +126,14 @@ def read_sealed(path: Path) -> tuple[bytes, bool]:
     return body, True
 
 
+def read_if_whole(path: Path) -> bytes | None:
+    """Read what ``seal`` was given; None where the file is missing, unreadable or damaged."""
+    with contextlib.suppress(OSError, ValueError, Unreadable):
+        content, is_sealed = read_sealed(path)
+        return content if is_sealed else None
+    return None
+
+
 def digest(folder: Path, run: dict) -> str:
     """Compute the sha256 of a run folder's log and of what the run is."""
     words = json.dumps(run, sort_keys=True).encode()

@@ -87,6 +87,17 @@ def test_what_is_sealed_is_given_back_and_any_change_is_noticed(tmp_path):
             assert files.read_sealed(path) == (changed, False)
 
 
+def test_what_can_be_made_again_is_read_only_if_it_is_whole(tmp_path):
+    path = tmp_path / "code"
+    assert files.read_if_whole(path) is None
+    files.write(path, files.seal(b"code"))
+    assert files.read_if_whole(path) == b"code"
+    for damaged in (b"code", path.read_bytes()[:-1], path.read_bytes().replace(b"code", b"node")):
+        path.write_bytes(damaged)
+        assert files.read_if_whole(path) is None
+    assert files.read_if_whole(tmp_path) is None  # a folder
+
+
 def test_what_might_never_end_is_not_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path(os.devnull)):

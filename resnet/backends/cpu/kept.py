@@ -40,15 +40,11 @@ class _Files:
         self.folder, self.name = folder, name
 
     def save(self, key: tuple, data: object) -> None:
-        with files.whole(self._path(key)) as path:
-            path.write_bytes(files.seal(serialize.dumps(data)))
+        files.write(self._path(key), files.seal(serialize.dumps(data)))
 
     def load(self, key: tuple) -> object | None:
-        # Not there yet, damaged, or unreadable: it is compiled again.
-        with contextlib.suppress(OSError, ValueError, files.Unreadable):
-            content, is_whole = files.read_sealed(self._path(key))
-            return pickle.loads(content) if is_whole else None
-        return None
+        content = files.read_if_whole(self._path(key))  # without it, it is compiled again
+        return None if content is None else pickle.loads(content)
 
     def _path(self, key: tuple) -> Path:
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]

@@ -166,14 +166,12 @@ def object_code(build: Callable[[int], ir.Module], made_of: object, folder: Path
     made_of = made_of, Path(__file__).read_bytes(), numba.__version__, llvm.llvm_version_info
     name = hashlib.sha256(repr((made_of, processor())).encode()).hexdigest()
     kept = folder / f"vectors.{name[:32]}.o"
-    with contextlib.suppress(OSError, ValueError, files.Unreadable):  # not there yet, or of no use
-        code, is_whole = files.read_sealed(kept)
-        if is_whole:
-            return code
+    if (code := files.read_if_whole(kept)) is not None:
+        return code
     machine = target(*processor())
     code = machine.emit_object(optimized(build(lanes()), machine))
-    with contextlib.suppress(OSError), files.whole(kept) as path:
-        path.write_bytes(files.seal(code))
+    with contextlib.suppress(OSError):
+        files.write(kept, files.seal(code))
     return code
 
 
